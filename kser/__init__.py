@@ -1,0 +1,1 @@
+"""kser: a Kafka message-driven operation sequencer."""
