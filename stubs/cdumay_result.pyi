@@ -1,5 +1,7 @@
 from typing import Any
 
+from marshmallow import Schema
+
 class Result:
     retcode: int
     stdout: str
@@ -19,3 +21,5 @@ class Result:
     @staticmethod
     def from_exception(exc: Exception, uuid: str | None = None) -> Result: ...
     def search_value(self, xpath: str, default: Any = None, fail_if_no_match: bool = False) -> Any: ...
+
+class ResultSchema(Schema): ...

@@ -1,1 +1,1 @@
-"""."""
+"""The kser command."""

@@ -1,1 +1,1 @@
-"""."""
+"""The Kafka drivers: the only importers of confluent_kafka."""

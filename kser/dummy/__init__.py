@@ -1,1 +1,1 @@
-"""."""
+"""In-memory driver: producer to consumer without a broker."""

@@ -1,1 +1,1 @@
-"""."""
+"""The Kafka driver under the option names of kafka-python."""

@@ -1,1 +1,1 @@
-"""."""
+"""Operations: tasks in sequence, advanced by messages."""

@@ -1,0 +1,281 @@
+"""Entrypoint: one unit of work, from its message to its Result."""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+from kser import context, errors, eventloop, results
+from kser.errors import InternalError, ValidationError
+from kser.masking import mask
+from kser.results import Result
+from kser.schemas import Message
+
+__all__ = ["Entrypoint", "Finder"]
+
+logger = logging.getLogger(__name__)
+
+
+#: Gives the class registered under a name, or None.
+Finder = Callable[[str], "type[Entrypoint] | None"]
+
+
+class EntrypointMeta(type):
+    """Gives every entrypoint class its ``path``."""
+
+    @property
+    def path(cls) -> str:
+        """Name of the class in messages: ``module.Class``, or the ``name=`` it was subscribed with."""
+        return wire_name(cls)
+
+
+def wire_name(cls: type) -> str:
+    """Name of an entrypoint class in messages, as ``cls.path`` gives it."""
+    name: str | None = cls.__dict__.get("WIRE_NAME")
+    return name or f"{cls.__module__}.{cls.__name__}"
+
+
+class Entrypoint(metaclass=EntrypointMeta):
+    """One unit of work. Write ``run()``; the rest of the methods named below are hooks that may be overridden.
+
+    One execution calls prerun() -> run() -> postrun(result) -> onsuccess(result) or onerror(result), in this order.
+
+    Args:
+        uuid: identifier; default a random one (on a worker one that a redelivery makes again).
+        params: JSON object of parameters.
+        result: Result forwarded from the task before.
+        metadata: JSON object, the context of the task.
+    """
+
+    #: Names that must be in ``params``; None is a value.
+    REQUIRED_FIELDS: ClassVar[Sequence[str]] = ()
+    #: Name in messages when it is not ``module.Class``. Belongs to the class itself, not to its subclasses.
+    WIRE_NAME: ClassVar[str | None] = None
+
+    #: For the lines of an execution, and for those of log().
+    _logger: ClassVar[logging.Logger] = logger
+    _message_logger: ClassVar[logging.Logger] = logger
+
+    def __init__(
+        self,
+        uuid: str | None = None,
+        params: dict[str, Any] | None = None,
+        result: Result | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.uuid = str(uuid) if uuid else context.new_uuid()
+        self.params: dict[str, Any] = params or {}
+        self.result: Result = result or Result(uuid=self.uuid)
+        self.metadata: dict[str, Any] = metadata or {}
+        self._broken: Result | None = None
+        try:
+            self.postinit()
+        except Exception as exc:  # noqa: BLE001 - user code: told now, and again by each execute()
+            self._broken = self._finish(results.from_exception(exc, self.uuid))
+
+    @property
+    def path(self) -> str:
+        """Name of this task's class in messages."""
+        return wire_name(type(self))
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def postinit(self) -> None:
+        """Called once, when the object is made. If it raises, the task is failed and run() is never called."""
+
+    def check_required_params(self) -> None:
+        """Raise ValidationError for the first of REQUIRED_FIELDS that ``params`` does not have."""
+        for name in self.REQUIRED_FIELDS:
+            if name not in self.params:
+                raise ValidationError(f"Missing parameter: {name}", extra={"uuid": self.uuid, "parameter": name})
+
+    def prerun(self) -> Any:
+        """Called before run(), once the required parameters are there. What it returns is ignored."""
+
+    def run(self) -> Any:
+        """The work: gives a Result, or None for a success that forwards what came. May be ``async def``."""
+        raise errors.NotImplemented(f"Task '{self.path}' not implemented", extra={"uuid": self.uuid})
+
+    def postrun(self, result: Result) -> Result | None:
+        """Called after run(), also when it raised (then with the failed Result, which it cannot turn into a success).
+
+        Gives the Result to carry on; None keeps ``result``.
+        """
+        return result
+
+    def onsuccess(self, result: Result) -> Result | None:
+        """Called at the end of a successful execution. Gives the Result to carry on; raising fails the task."""
+        return result
+
+    def onerror(self, result: Result) -> Result | None:
+        """Called at the end of a failed execution. Gives the Result to carry on."""
+        return result
+
+    # -- execution ---------------------------------------------------------------------------------------------------
+
+    def execute(self, result: Result | None = None) -> Result:
+        """Run the task and give its Result. Never raises an Exception: one becomes a failed Result, through onerror().
+
+        Args:
+            result: Result forwarded from the task before, merged over the one the task has.
+        """
+        try:
+            return self.unsafe_execute(result)
+        except Exception as exc:  # noqa: BLE001 - the promise of this method
+            return self._finish(results.from_exception(exc, self.uuid))
+
+    def unsafe_execute(self, result: Result | None = None) -> Result:
+        """Like execute(), but what user code raises is raised."""
+        return self._execute(result, self._perform)
+
+    def _execute(self, result: Result | None, perform: Callable[[], Result]) -> Result:
+        if self._broken is not None:
+            return self._broken
+        if result is not None:
+            self.result = results.merge(self.result, result, self.uuid)
+        token = context._task.set(self)
+        try:
+            return self._finish(perform())
+        except Exception as exc:
+            self._mark(results.from_exception(exc, self.uuid))
+            raise
+        finally:
+            context._task.reset(token)
+
+    def _perform(self) -> Result:
+        """Prerun, run, postrun; the Result merged over the forwarded one."""
+        self._prerun()
+        forwarded = self.result
+        try:
+            ran = self._as_result(self._run(), "run")
+        except Exception as exc:
+            self._postrun_of_failure(results.from_exception(exc, self.uuid))
+            raise
+        ran = self._postrun(ran if ran is not None else Result(uuid=self.uuid))
+        return results.merge(forwarded, ran, self.uuid)
+
+    def _prerun(self) -> None:
+        self._debug("PreRun")
+        self.check_required_params()
+        self.prerun()
+
+    def _run(self) -> Any:
+        self._debug("Run")
+        value = self.run()
+        if inspect.iscoroutine(value):
+            return eventloop.run(value)
+        return value
+
+    def _postrun(self, result: Result) -> Result:
+        self._debug("PostRun")
+        return self._hooked(self.postrun, result)
+
+    def _postrun_of_failure(self, failure: Result) -> None:
+        try:
+            self._postrun(failure)
+        except Exception:
+            # run() raised first, and that is the failure to tell
+            self._logger.exception("%s.PostRun: %s[%s] raised", type(self).__name__, self.path, self.uuid)
+
+    def _finish(self, result: Result) -> Result:
+        """Hooks, final status and log line of an execution that gave ``result``; the final Result."""
+        self._mark(result)
+        if results.is_success(result):
+            result = self._hooked(self.onsuccess, result)
+            if not results.is_success(result):
+                self._mark(result)
+        else:
+            try:
+                result = self._hooked(self.onerror, result)
+            except Exception:
+                # the failure that onerror() was called for stays the one to tell
+                self._logger.exception("%s.OnError: %s[%s] raised", type(self).__name__, self.path, self.uuid)
+            if results.is_success(result):
+                self._mark(result)
+        self.result = result
+        self._log_end(result)
+        return result
+
+    def _mark(self, result: Result) -> None:
+        """Note how the execution ended. An entrypoint has no status; a Task has."""
+
+    def _hooked(self, hook: Callable[[Result], Result | None], result: Result) -> Result:
+        given = self._as_result(hook(result), hook.__name__)
+        return result if given is None else given
+
+    def _as_result(self, value: Any, method: str) -> Result | None:
+        if value is None or isinstance(value, Result):
+            return value
+        raise InternalError(
+            f"{method}() of {self.path} returned a {type(value).__name__}: return a Result, or None",
+            extra={"uuid": self.uuid, "type": type(value).__name__},
+        )
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def to_Message(self, result: Result | None = None) -> Message:  # noqa: N802 - the published name
+        """The message that names this task, with ``result`` (default: the task's own)."""
+        return Message(
+            uuid=self.uuid,
+            entrypoint=self.path,
+            params=self.params,
+            result=result if result is not None else self.result,
+            metadata=self.metadata,
+        )
+
+    @classmethod
+    def from_Message(cls, kmsg: Message) -> Self:  # noqa: N802 - the published name
+        """The task that ``kmsg`` names, to be executed."""
+        return cls(uuid=kmsg.uuid, params=kmsg.params, result=kmsg.result, metadata=kmsg.metadata)
+
+    def restore(self, kmsg: Message, find: Finder) -> None:
+        """Take over what else travels in the message. An Operation takes the children that came with it."""
+
+    # -- logging -----------------------------------------------------------------------------------------------------
+
+    def log(self, message: str, level: int = logging.INFO, *args: Any, **kwargs: Any) -> None:
+        """Write one log record, prefixed with ``{Name}.{Status}: {path}[{uuid}]: ``.
+
+        Args:
+            message: text, with %-placeholders for ``args``.
+            level: logging level.
+            args: log record arguments.
+            kwargs: log record keyword arguments: exc_info, extra, stack_info, stacklevel.
+        """
+        if not self._message_logger.isEnabledFor(level):
+            return
+        prefix = f"{type(self).__name__}.{self._label()}: {self.path}[{self.uuid}]: "
+        if args:
+            prefix = prefix.replace("%", "%%")
+        kwargs["extra"] = self._extra() | (kwargs.get("extra") or {})
+        kwargs.setdefault("stacklevel", 2)
+        self._message_logger.log(level, prefix + message, *args, **kwargs)
+
+    def _label(self) -> str:
+        return "MESSAGE"
+
+    def _extra(self, result: Result | None = None) -> dict[str, Any]:
+        extra: dict[str, Any] = {"kmsg": mask(self.to_Message().dump())}
+        if result is not None:
+            extra["kresult"] = mask(results.dump(result))
+            if result.retcode != 0 and "error" in result.retval:
+                extra["error"] = result.retval["error"]
+        return extra
+
+    def _debug(self, step: str) -> None:
+        if self._logger.isEnabledFor(logging.DEBUG):
+            self._logger.debug("%s.%s: %s[%s]", type(self).__name__, step, self.path, self.uuid, extra=self._extra())
+
+    def _log_end(self, result: Result) -> None:
+        level, word = (logging.INFO, "Success") if results.is_success(result) else (logging.ERROR, "Failed")
+        if self._logger.isEnabledFor(level):
+            self._logger.log(
+                level,
+                "%s.%s: %s[%s]: %s",
+                type(self).__name__,
+                word,
+                self.path,
+                self.uuid,
+                result,
+                extra=self._extra(result),
+            )

@@ -1,0 +1,222 @@
+"""Events of the sequence: what happened to an operation, as records of ``{group}.events``.
+
+They follow from settling, are keyed by the operation, and order by (run, position, phase). One that a redelivery makes
+again is the same but for ``at`` and ``worker``, so readers drop what they have seen: see History.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import orjson
+
+from kser import results
+from kser.errors import ValidationError
+from kser.masking import mask
+from kser.results import Result
+from kser.transport import Reader, Record
+
+__all__ = ["Event", "EventType", "OperationView", "events_topic", "follow"]
+
+#: Version of the format.
+VERSION = 1
+#: An event with a larger Result carries a note instead of its retval.
+MAX_BYTES = 512 * 1024
+
+
+def events_topic(group: str) -> str:
+    """Name of the topic that the events of this group go to."""
+    return f"{group}.events"
+
+
+class EventType:
+    """The names of the events."""
+
+    OPERATION_STARTED = "operation.started"
+    STEP_DONE = "step.done"
+    STEP_FAILED = "step.failed"
+    OPERATION_ENDED = "operation.ended"
+    MESSAGE_REJECTED = "message.rejected"
+
+
+_PHASES = {
+    EventType.OPERATION_STARTED: 0,
+    EventType.STEP_DONE: 1,
+    EventType.STEP_FAILED: 1,
+    EventType.MESSAGE_REJECTED: 1,
+    EventType.OPERATION_ENDED: 2,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened."""
+
+    #: One of EventType.
+    type: str
+    #: The task or operation it happened to; for a rejected message its coordinates.
+    uuid: str
+    #: Its name in messages.
+    entrypoint: str
+    #: uuid of the root operation; None for a lone task.
+    operation: str | None = None
+    #: uuid of the operation around ``uuid``; None for a root operation or a lone task.
+    parent: str | None = None
+    #: Run of the operation.
+    run: int = 1
+    #: How many tasks of the operation ended before.
+    position: int = 0
+    #: Status after it.
+    status: str = ""
+    #: What it gave; None when it gave nothing yet.
+    result: Result | None = None
+    #: Parameters, with what looks secret masked; only where something starts.
+    params: dict[str, Any] = field(default_factory=dict)
+    #: Anything else worth saying, in words.
+    note: str = ""
+    #: Milliseconds since the epoch, by the worker's clock: for people, not for ordering.
+    at: int = 0
+    #: Who tells it.
+    worker: str = ""
+
+    @property
+    def key(self) -> str:
+        """Record key: the root operation, so that all of its events lie in one partition, in order."""
+        return self.operation or self.uuid
+
+    @property
+    def phase(self) -> int:
+        """Order among the events of one position: started, step, ended."""
+        return _PHASES.get(self.type, 1)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """The same for an event and its repetition after a redelivery."""
+        return self.key, self.run, self.position, self.phase, self.type, self.uuid
+
+    @property
+    def ends(self) -> bool:
+        """True for the end of a root operation, or of a lone task."""
+        if self.operation is None:
+            return self.type in (EventType.STEP_DONE, EventType.STEP_FAILED)
+        return self.type == EventType.OPERATION_ENDED and self.uuid == self.operation
+
+    def to_bytes(self) -> bytes:
+        """The event as compact UTF-8 JSON. Never fails: what JSON has no form for is written as its repr()."""
+        data: dict[str, Any] = {
+            "v": VERSION,
+            "type": self.type,
+            "uuid": self.uuid,
+            "entrypoint": self.entrypoint,
+            "operation": self.operation,
+            "parent": self.parent,
+            "run": self.run,
+            "position": self.position,
+            "phase": self.phase,
+            "status": self.status,
+            "at": self.at or int(time.time() * 1000),
+            "worker": self.worker,
+        }
+        if self.params:
+            data["params"] = mask(self.params)
+        if self.note:
+            data["note"] = self.note
+        if self.result is not None:
+            data["result"] = results.dump(self.result)
+        raw = _encode(data)
+        if len(raw) > MAX_BYTES and self.result is not None:
+            shown = results.dump(self.result)
+            shown["retval"] = {"truncated": f"the event had {len(raw)} bytes, the limit is {MAX_BYTES}"}
+            for stream in ("stdout", "stderr"):
+                shown[stream] = str(shown[stream])[:4096]
+            raw = _encode(data | {"result": shown, "params": {}})
+        return raw
+
+    @classmethod
+    def loads(cls, raw: bytes | None) -> Self:
+        """The event in a record's value. Raises ValidationError when it is none."""
+        try:
+            data = orjson.loads(raw or b"")
+            result = data.get("result")
+            return cls(
+                type=data["type"],
+                uuid=data["uuid"],
+                entrypoint=data["entrypoint"],
+                operation=data.get("operation"),
+                parent=data.get("parent"),
+                run=data.get("run", 1),
+                position=data.get("position", 0),
+                status=data.get("status", ""),
+                result=Result(**result) if result is not None else None,
+                params=data.get("params") or {},
+                note=data.get("note", ""),
+                at=data.get("at", 0),
+                worker=data.get("worker", ""),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as exc:
+            raise ValidationError(f"Not an event of kser: {exc!r}") from None
+
+
+def _encode(data: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(data)
+    except TypeError:
+        return orjson.dumps(data, default=repr, option=orjson.OPT_NON_STR_KEYS)
+
+
+def follow(reader: Reader, timeout_s: float | None = None) -> Iterator[Event]:
+    """The events that ``reader`` gives, each once, as they come; ends after ``timeout_s`` (None: never).
+
+    A redelivery's repetition of an event is dropped, and so are records that are no events. Between events that are
+    slow to come the iterator gives nothing and blocks in slices of a fifth of a second.
+    """
+    seen: set[tuple[Any, ...]] = set()
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    while end is None or time.monotonic() < end:
+        for event in read(reader.poll(0.2)):
+            if event.identity not in seen:
+                seen.add(event.identity)
+                yield event
+
+
+def read(records: list[Record]) -> Iterator[Event]:
+    """The events in these records; what is none is passed over."""
+    for record in records:
+        try:
+            yield Event.loads(record.value)
+        except ValidationError:
+            continue
+
+
+@dataclass(slots=True)
+class OperationView:
+    """What the events so far say of one operation, or of one lone task."""
+
+    uuid: str
+    entrypoint: str = ""
+    status: str = "PENDING"
+    #: Tasks that ended, in order.
+    steps: list[Event] = field(default_factory=list)
+    result: Result | None = None
+    _seen: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def apply(self, event: Event) -> bool:
+        """Take one event in; True when it was one of this operation and new."""
+        if event.key != self.uuid or event.identity in self._seen:
+            return False
+        self._seen.add(event.identity)
+        if event.uuid == self.uuid:
+            self.entrypoint = event.entrypoint
+        if event.type in (EventType.STEP_DONE, EventType.STEP_FAILED):
+            self.steps.append(event)
+        if event.ends:
+            self.status, self.result = event.status, event.result
+        elif self.status == "PENDING":
+            self.status = "RUNNING"
+        return True
+
+    @property
+    def ended(self) -> bool:
+        """True once its end has been told."""
+        return self.status in ("SUCCESS", "FAILED", "SKIPPED", "ABORTED")

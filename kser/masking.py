@@ -1,0 +1,38 @@
+"""Masking of values whose name looks secret: one list, in one place, for logs, results and pages."""
+
+import os
+import re
+from typing import Any
+
+__all__ = ["MASK", "looks_secret", "mask"]
+
+#: What is shown instead of a secret value.
+MASK = "********"
+
+_WORDS: tuple[str, ...] = ("password", "passwd", "passphrase", "secret", "token", "key", "credential", "authorization")
+#: Environment variable with more words, separated by commas. Read at each use.
+EXTRA_WORDS_VARIABLE = "KSER_SECRET_WORDS"
+_SPLIT = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")
+
+
+def looks_secret(name: str) -> bool:
+    """True when one of the words of ``name`` (api_key, apiKey, sasl.password) is, or begins with, a secret one."""
+    words = _WORDS
+    if extra := os.environ.get(EXTRA_WORDS_VARIABLE):
+        words += tuple(word.strip().lower() for word in extra.split(",") if word.strip())
+    lowered = name.lower()
+    return any(part in words or part.rstrip("s") in words for part in (p.lower() for p in _SPLIT.split(name))) or any(
+        word in lowered for word in words if word != "key"
+    )
+
+
+def mask(value: Any) -> Any:
+    """A copy of ``value`` in which the values under secret names, at any depth, are replaced by MASK."""
+    if isinstance(value, dict):
+        return {
+            k: MASK if isinstance(k, str) and v not in (None, "", {}, []) and looks_secret(k) else mask(v)
+            for k, v in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [mask(v) for v in value]
+    return value

@@ -1,0 +1,298 @@
+"""The itinerary: what a message carries of the operation it belongs to. Pure data, no I/O.
+
+It lies in ``metadata["kser"]`` of a message::
+
+    {"v": 1,                      version of this format
+     "run": 1,                    run of the operation: resuming makes a new one
+     "position": 3,               how many tasks ended before this one
+     "new": true,                 only on the first message of an operation that a service launched
+     "ops": [FRAME, ...],         operations under way: the root first, then the nested ones around this task
+     "tasks": [ENTRY, ...],       only on the message of an Operation: the children it was composed of by hand
+     "end": {...}}                only on an end message: the task that ended, and how
+
+    FRAME = {"uuid", "entrypoint", "params", "topic"?, "key"?, "metadata"?, "tasks": [ENTRY, ...]}
+    ENTRY = {"uuid", "entrypoint", "params", "topic"?, "key"?, "metadata"?, "tasks"?: [ENTRY, ...]}
+
+``tasks`` of a frame are those still to run after this message; done ones leave it. A nested operation is one entry: the
+worker that reaches it builds its tasks and puts a frame of its own on top. An entry has ``tasks`` only when the
+operation was composed by hand.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from kser.errors import ItineraryError
+from kser.results import Result
+from kser.schemas import Message
+
+__all__ = ["MAX_DEPTH", "METADATA_KEY", "VERSION", "End", "Entry", "Frame", "Itinerary", "message_key"]
+
+METADATA_KEY = "kser"
+VERSION = 1
+#: What this release reads: its own version and the one before (there is none before the first).
+READS = (1,)
+#: Operations around one task. A class that builds itself as its own child would nest without end.
+MAX_DEPTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One task still to run."""
+
+    uuid: str
+    entrypoint: str
+    params: dict[str, Any]
+    #: Topic of its message; None: that of its operation.
+    topic: str | None = None
+    #: Key of its message; None: that of its operation.
+    key: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    #: Children of an operation composed by hand; None: whoever reaches it builds them.
+    tasks: tuple["Entry", ...] | None = None
+
+    def dump(self) -> dict[str, Any]:
+        """The entry as it travels: what is empty is left out, but for params."""
+        data: dict[str, Any] = {"uuid": self.uuid, "entrypoint": self.entrypoint, "params": self.params}
+        if self.topic:
+            data["topic"] = self.topic
+        if self.key:
+            data["key"] = self.key
+        if self.metadata:
+            data["metadata"] = self.metadata
+        if self.tasks is not None:
+            data["tasks"] = [entry.dump() for entry in self.tasks]
+        return data
+
+    @classmethod
+    def load(cls, data: Any) -> Self:
+        """The entry in ``data``. Raises ItineraryError."""
+        tasks = _get(data, "tasks", list, None)
+        return cls(
+            uuid=_get(data, "uuid", str),
+            entrypoint=_get(data, "entrypoint", str),
+            params=_get(data, "params", dict, {}),
+            topic=_get(data, "topic", str, None),
+            key=_get(data, "key", str, None),
+            metadata=_get(data, "metadata", dict, {}),
+            tasks=None if tasks is None else tuple(cls.load(task) for task in tasks),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One operation under way. ``tasks`` are entries as they travel: only the first is ever looked into."""
+
+    uuid: str
+    entrypoint: str
+    params: dict[str, Any]
+    topic: str | None = None
+    key: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tasks: Sequence[Mapping[str, Any]] = ()
+
+    def dump(self) -> dict[str, Any]:
+        """The frame as it travels."""
+        data: dict[str, Any] = {"uuid": self.uuid, "entrypoint": self.entrypoint, "params": self.params}
+        if self.topic:
+            data["topic"] = self.topic
+        if self.key:
+            data["key"] = self.key
+        if self.metadata:
+            data["metadata"] = self.metadata
+        data["tasks"] = self.tasks
+        return data
+
+    @classmethod
+    def load(cls, data: Any) -> Self:
+        """The frame in ``data``. Raises ItineraryError."""
+        return cls(
+            uuid=_get(data, "uuid", str),
+            entrypoint=_get(data, "entrypoint", str),
+            params=_get(data, "params", dict, {}),
+            topic=_get(data, "topic", str, None),
+            key=_get(data, "key", str, None),
+            metadata=_get(data, "metadata", dict, {}),
+            tasks=_get(data, "tasks", list, []),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """That an operation ended, told to a worker that knows its class."""
+
+    #: The task that ended last.
+    task: Entry
+    #: Its status: SUCCESS or FAILED.
+    status: str
+
+
+@dataclass(frozen=True, slots=True)
+class Itinerary:
+    """The operations around a message and what is still to run of them. Immutable: every step gives a new one."""
+
+    frames: tuple[Frame, ...] = ()
+    position: int = 0
+    run: int = 1
+    #: True on the first message of an operation that a service launched: whoever runs it tells that it started.
+    new: bool = False
+    #: Children that came with the message of an Operation.
+    children: tuple[Entry, ...] | None = None
+    #: Key of the message's own task, when it has one: an Operation hands it on to its tasks.
+    key: str | None = None
+    end: End | None = None
+
+    @property
+    def root(self) -> Frame:
+        """The outermost operation."""
+        return self.frames[0]
+
+    @property
+    def innermost(self) -> Frame:
+        """The operation that the message's task is a task of."""
+        return self.frames[-1]
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def enter(self, frame: Frame) -> Self:
+        """Within one more operation. Raises ItineraryError beyond MAX_DEPTH."""
+        if len(self.frames) >= MAX_DEPTH:
+            raise ItineraryError(
+                f"Operation {frame.entrypoint}[{frame.uuid}] is nested in {len(self.frames)} others, the limit is "
+                f"{MAX_DEPTH}: does an operation build itself as its own task?",
+                extra={"uuid": frame.uuid, "entrypoint": frame.entrypoint},
+            )
+        return replace(self, frames=(*self.frames, frame), children=None, key=None, end=None)
+
+    def leave(self) -> Self:
+        """Without the innermost operation."""
+        return replace(self, frames=self.frames[:-1], end=None)
+
+    def step(self) -> "tuple[Entry, Itinerary] | None":
+        """The next task of the innermost operation and the itinerary of its message; None when all are done."""
+        frame = self.innermost
+        if not frame.tasks:
+            return None
+        entry = Entry.load(frame.tasks[0])
+        rest = replace(frame, tasks=frame.tasks[1:])
+        return entry, replace(self, frames=(*self.frames[:-1], rest), children=entry.tasks, key=entry.key, end=None)
+
+    def passed(self) -> Self:
+        """One task further."""
+        return replace(self, position=self.position + 1, new=False)
+
+    # -- where a message goes ----------------------------------------------------------------------------------------
+
+    def topic_of(self, entry: Entry) -> str | None:
+        """Topic of the entry's message; None: the one that the message being handled came from."""
+        return entry.topic or next((f.topic for f in reversed(self.frames) if f.topic), None)
+
+    def key_of(self, entry: Entry | None = None) -> str | None:
+        """Key of the entry's message: its own, else that of the operations around it, else the root's uuid."""
+        own = entry.key if entry is not None else self.key
+        if own:
+            return own
+        for frame in reversed(self.frames):
+            if frame.key:
+                return frame.key
+        return self.frames[0].uuid if self.frames else None
+
+    def message(self, entry: Entry, result: Result) -> Message:
+        """The message of ``entry``, with this itinerary (the one that step() gave with the entry)."""
+        return Message(
+            entry.uuid,
+            entry.entrypoint,
+            entry.params,
+            result,
+            {**entry.metadata, METADATA_KEY: self.dump()},
+        )
+
+    # -- on the wire -------------------------------------------------------------------------------------------------
+
+    def dump(self) -> dict[str, Any]:
+        """The itinerary as it travels."""
+        data: dict[str, Any] = {
+            "v": VERSION,
+            "run": self.run,
+            "position": self.position,
+            "ops": [frame.dump() for frame in self.frames],
+        }
+        if self.new:
+            data["new"] = True
+        if self.key:
+            data["key"] = self.key
+        if self.children is not None:
+            data["tasks"] = [entry.dump() for entry in self.children]
+        if self.end is not None:
+            data["end"] = {"task": self.end.task.dump(), "status": self.end.status}
+        return data
+
+    @classmethod
+    def of(cls, kmsg: Message) -> "Itinerary | None":
+        """The itinerary in the message; None when it belongs to no operation.
+
+        Raises ItineraryError when there is one that cannot be read, or of a version this release does not know.
+        """
+        data = kmsg.metadata.get(METADATA_KEY)
+        if data is None:
+            return None
+        try:
+            return cls.load(data)
+        except ItineraryError as exc:
+            exc.extra = {"uuid": kmsg.uuid, "entrypoint": kmsg.entrypoint, **exc.extra}
+            raise
+
+    @classmethod
+    def load(cls, data: Any) -> Self:
+        """The itinerary in ``data``. Raises ItineraryError."""
+        version = _get(data, "v", int)
+        if version not in READS:
+            raise ItineraryError(
+                f"Itinerary of version {version}: this release of kser reads {', '.join(map(str, READS))}; "
+                "update the worker",
+                extra={"version": version, "reads": list(READS)},
+            )
+        children = _get(data, "tasks", list, None)
+        end = _get(data, "end", dict, None)
+        return cls(
+            frames=tuple(Frame.load(frame) for frame in _get(data, "ops", list, [])),
+            position=_get(data, "position", int, 0),
+            run=_get(data, "run", int, 1),
+            new=_get(data, "new", bool, False),
+            key=_get(data, "key", str, None),
+            children=None if children is None else tuple(Entry.load(child) for child in children),
+            end=None if end is None else End(Entry.load(end.get("task")), _get(end, "status", str)),
+        )
+
+
+def message_key(kmsg: Message) -> str:
+    """Key of a message that is sent without one: its operation's, else its own uuid. Never raises."""
+    data = kmsg.metadata.get(METADATA_KEY)
+    if data is None:
+        return kmsg.uuid
+    try:
+        key = data.get("key") or next((f["key"] for f in reversed(data["ops"]) if f.get("key")), None)
+        return str(key or (data["ops"][0]["uuid"] if data["ops"] else kmsg.uuid))
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return kmsg.uuid  # an itinerary that cannot be read: whoever consumes the message says so
+
+
+_REQUIRED: Any = object()
+
+
+def _get(data: Any, name: str, kind: type, default: Any = _REQUIRED) -> Any:
+    if not isinstance(data, Mapping):
+        raise ItineraryError(
+            f"Itinerary cannot be read: expected an object, found {type(data).__name__}", extra={"field": name}
+        )
+    value = data.get(name)
+    if value is None:
+        if default is _REQUIRED:
+            raise ItineraryError(f"Itinerary cannot be read: {name!r} is missing", extra={"field": name})
+        return default
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ItineraryError(
+            f"Itinerary cannot be read: {name!r} is a {type(value).__name__}, expected {kind.__name__}",
+            extra={"field": name},
+        )
+    return value

@@ -1,0 +1,134 @@
+"""OperationRegistry: where tasks and operations are subscribed."""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from kser.controller import Controller
+from kser.entry import Entrypoint
+from kser.errors import ConfigurationError, ValidationError
+from kser.sequencing.task import MessageSender, Task, function_task
+
+__all__ = ["OperationRegistry"]
+
+logger = logging.getLogger(__name__)
+
+
+class OperationRegistry:
+    """Routes messages from Kafka to the classes subscribed to it, and knows how to send theirs.
+
+    Args:
+        app: Flask application, if any; stored as ``app`` after load_tasks().
+        controller_class: Controller to use; the registry makes a subclass of it for itself.
+        producer: sends what ``launch()`` and ``send()`` are called on, outside of workers.
+        topic: topic of the subscribed classes that name none.
+    """
+
+    def __init__(
+        self,
+        app: Any = None,
+        controller_class: type[Controller] = Controller,
+        *,
+        producer: MessageSender | None = None,
+        topic: str | None = None,
+    ) -> None:
+        own = {} if controller_class is Controller else dict(controller_class.ENTRYPOINTS)
+        name = controller_class.__name__
+        #: The controller of this registry, for Consumer.REGISTRY and Worker.
+        self.controller: Controller = type(name, (controller_class,), {"ENTRYPOINTS": own})()
+        self.producer = producer
+        self.topic = topic
+        self.app: Any = None
+        if app is not None:
+            self.init_app(app)
+
+    def configure(self, *, producer: MessageSender | None = None, topic: str | None = None) -> None:
+        """Set the producer, the topic, or both; what is None stays as it is."""
+        self.producer = producer if producer is not None else self.producer
+        self.topic = topic or self.topic
+
+    def init_app(self, app: Any = None) -> None:
+        """Take the Flask application and load the tasks."""
+        self.app = app
+        self.load_tasks()
+
+    def load_tasks(self) -> None:
+        """Called by init_app(). Override it to import the modules whose classes subscribe themselves."""
+
+    def subscribe(
+        self,
+        callback: Any = None,
+        /,
+        *,
+        name: str | None = None,
+        aliases: Iterable[str] = (),
+        topic: str | None = None,
+    ) -> Any:
+        """Class decorator: route messages that name this class to it. Gives the class itself.
+
+        Args:
+            callback: a class derived from Entrypoint.
+            name: its name in messages, instead of ``module.Class``.
+            aliases: further names it answers to, for example the one it had before it was moved.
+            topic: topic of its messages.
+
+        Subscribing the same class again changes nothing. Raises ValidationError for anything that is no Entrypoint
+        class, and for a name another class has already.
+        """
+        if callback is None:
+            return lambda decorated: self._subscribe(decorated, name, aliases, topic)
+        return self._subscribe(callback, name, aliases, topic)
+
+    def _subscribe(self, cls: Any, name: str | None, aliases: Iterable[str], topic: str | None) -> Any:
+        Controller.check(getattr(cls, "__name__", repr(cls)), cls)
+        if isinstance(aliases, str):
+            raise ConfigurationError(f"aliases={aliases!r} is one text: give a list of names", extra={"name": aliases})
+        if name:
+            cls.WIRE_NAME = name
+        path = cls.path
+        known = self.controller.ENTRYPOINTS.get(path)
+        if known is not None and known is not cls and not _same_source(known, cls):
+            raise ValidationError(
+                f"{path} is subscribed already, as another class: give one of them a name, subscribe(name=...)",
+                extra={"entrypoint": path},
+            )
+        if issubclass(cls, Task):
+            cls._home = self
+            if topic:
+                cls.topic = topic
+        if known is None:
+            logger.info("Operation registry: loaded %s", path)
+            self.controller.register(path, cls)
+        for alias in aliases:
+            self.controller.register(alias, cls)
+        return cls
+
+    def task(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        aliases: Iterable[str] = (),
+        topic: str | None = None,
+    ) -> Any:
+        """Decorator: make a Task class of a plain function of its params, and subscribe it. Gives the class.
+
+        The function gets those of the task's params that it names; its parameters without a default are required. A
+        Result it returns is taken as it is, None forwards what came, a dict becomes ``retval``, anything else
+        ``retval["value"]``. ``async def`` works too; the function itself is the class attribute ``function``.
+
+        Args: as for subscribe().
+        """
+        if function is None:
+            return lambda decorated: self._subscribe(function_task(decorated), name, aliases, topic)
+        return self._subscribe(function_task(function), name, aliases, topic)
+
+    def tasks(self) -> dict[str, type[Entrypoint]]:
+        """Name in messages -> class, of everything subscribed."""
+        return dict(self.controller.ENTRYPOINTS)
+
+
+def _same_source(one: type, other: type) -> bool:
+    """True for a class that was defined again by the same line of code (a test run twice, a module reloaded)."""
+    return one.__module__ == other.__module__ and one.__qualname__ == other.__qualname__

@@ -1,0 +1,325 @@
+"""What follows from the end of a task: the next message, or the end of its operations. No I/O.
+
+This is the sequence itself. It is the same for every delivery guarantee: whoever settles sends what it gives.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from kser import context, results
+from kser.controller import Controller
+from kser.errors import MessageTooLargeError, ValidationError
+from kser.events import Event, EventType
+from kser.results import Result
+from kser.schemas import Message
+from kser.sequencing.itinerary import METADATA_KEY, End, Entry, Frame, Itinerary
+from kser.sequencing.operation import Operation, name_failed_task
+from kser.sequencing.task import Task, UnregisteredTask
+from kser.status import Status
+
+__all__ = ["MAX_MESSAGE_BYTES", "Consequences", "Outgoing", "Sequencer", "encode"]
+
+logger = logging.getLogger(__name__)
+
+#: Largest message kser sends: below Kafka's own limit of 1 MiB, with room for headers and the record's frame.
+MAX_MESSAGE_BYTES = 900 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """A message to send, encoded already: what cannot be sent is found out while its task can still be failed."""
+
+    topic: str
+    key: str
+    value: bytes
+    #: For the log.
+    entrypoint: str
+    uuid: str
+
+
+@dataclass(slots=True)
+class Consequences:
+    """What follows from one message."""
+
+    messages: list[Outgoing] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+
+
+def encode(kmsg: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
+    """The bytes of a message.
+
+    Raises ValidationError when JSON has no form for it, MessageTooLargeError when there are more than ``limit``.
+    """
+    raw = kmsg.to_bytes()
+    if len(raw) > limit:
+        raise MessageTooLargeError(
+            f"Message {kmsg.entrypoint}[{kmsg.uuid}]", len(raw), limit, uuid=kmsg.uuid, entrypoint=kmsg.entrypoint
+        )
+    return raw
+
+
+class Sequencer:
+    """Advances operations.
+
+    Args:
+        controller: knows the classes, and how messages are written (TRANSPORT).
+        limit: largest message, in bytes.
+
+    Thread rule: has no state; may be shared.
+    """
+
+    def __init__(self, controller: Controller | type[Controller], limit: int = MAX_MESSAGE_BYTES) -> None:
+        self.controller = controller
+        self.limit = limit
+
+    # -- the three things a worker meets -----------------------------------------------------------------------------
+
+    def task_ended(self, task: Task, result: Result, itinerary: Itinerary | None, topic: str) -> Consequences:
+        """A task was executed. ``topic``: where its message came from."""
+        out = Consequences()
+        if itinerary is None or not itinerary.frames:
+            out.events.append(_step(task, result, None))
+            return out
+        self._started(itinerary, out)
+        out.events.append(_step(task, result, itinerary))
+        self._go_on(itinerary.passed(), task, result, topic, out)
+        return out
+
+    def operation_reached(self, operation: Operation, itinerary: Itinerary | None, topic: str) -> Consequences:
+        """The message of an Operation arrived: build it unless it came with its tasks, and send its first one."""
+        out = Consequences()
+        around = itinerary if itinerary is not None else Itinerary()
+        if around.frames:
+            self._started(around, out)
+        if around.key:
+            operation.key = around.key
+        operation_topic = operation.own_topic() or topic
+        inner = None
+        with context.id_scope(operation.uuid):
+            try:
+                failure = operation.begin()
+                frame = operation.frame(operation_topic, operation.tasks)
+                inner = replace(around.enter(frame), new=False)
+            except Exception as exc:  # noqa: BLE001 - user code built it
+                failure = results.from_exception(exc, operation.uuid)
+        root = around.root.uuid if around.frames else operation.uuid
+        out.events.append(
+            Event(
+                type=EventType.OPERATION_STARTED,
+                uuid=operation.uuid,
+                entrypoint=operation.path,
+                operation=root,
+                parent=around.innermost.uuid if around.frames else None,
+                run=around.run,
+                position=around.position,
+                status=Status.RUNNING,
+                params=operation.params,
+            )
+        )
+        if failure is None and inner is not None:
+            failure = self._send_next(inner, operation.result, topic, out)
+            if failure is None:
+                return out
+        assert failure is not None
+        around = replace(around, new=False)
+        self._operation_over(around, operation, self._fail(operation, failure), topic, out)
+        return out
+
+    def operation_ended(self, result: Result, itinerary: Itinerary, topic: str) -> Consequences:
+        """An end message arrived: another worker saw the end of an operation whose class it does not know."""
+        out = Consequences()
+        end = itinerary.end
+        assert end is not None
+        task = Task.from_entry(end.task, self.controller.find)
+        task.status, task.result = end.status, result
+        self._go_on(replace(itinerary, end=None), task, result, topic, out)
+        return out
+
+    def failed(self, task: Task | None, failure: Result, itinerary: Itinerary, topic: str) -> Consequences:
+        """What a task sent, or its next message, was refused by the broker: its operation ends FAILED."""
+        out = Consequences()
+        if itinerary.frames and task is not None:
+            self._go_on(itinerary.passed(), task, failure, topic, out)
+        return out
+
+    # -- going on ----------------------------------------------------------------------------------------------------
+
+    def _go_on(self, itinerary: Itinerary, task: Task, result: Result, topic: str, out: Consequences) -> None:
+        """``task`` of the innermost operation ended with ``result``: its next task, else its end, and so on outward."""
+        if results.is_success(result):
+            failure = self._send_next(itinerary, result, topic, out) if itinerary.innermost.tasks else None
+            if failure is None and itinerary.innermost.tasks:
+                return
+            result = failure or result
+        frame = itinerary.innermost
+        operation = self._rebuild(frame, task, result)
+        if isinstance(operation, UnregisteredTask):
+            if frame.topic is not None and frame.topic != topic:
+                self._hand_over_end(itinerary, task, result, out)
+                return
+            logger.error(
+                "Operation %s[%s] ended %s without its hooks: its class is not registered on any worker of topic %s",
+                frame.entrypoint,
+                frame.uuid,
+                _status(result),
+                topic,
+            )
+            note = f"hooks not run: {frame.entrypoint} is not registered on the worker that saw the end"
+            if not results.is_success(result):
+                result = name_failed_task(result, task, frame.uuid)
+            self._operation_over(itinerary.leave(), operation, result, topic, out, note)
+            return
+        assert isinstance(operation, Operation)
+        with context.id_scope(f"{frame.uuid}:{itinerary.position}"):
+            if results.is_success(result):
+                result, more = self._ask_next(itinerary, operation, task, result, topic, out)
+                if more:
+                    return
+            final = operation.finish(task, result)
+        self._operation_over(itinerary.leave(), operation, final, topic, out)
+
+    def _ask_next(
+        self, itinerary: Itinerary, operation: Operation, task: Task, result: Result, topic: str, out: Consequences
+    ) -> tuple[Result, bool]:
+        """Ask next(task) of an operation that has no tasks left: a class may add some as it goes."""
+        try:
+            following = operation.next(task)
+            if following is None:
+                return result, False
+            at = operation.tasks.index(following) if following in operation.tasks else len(operation.tasks)
+            frame = operation.frame(itinerary.innermost.topic, [following, *operation.tasks[at + 1 :]])
+        except Exception as exc:  # noqa: BLE001 - user code
+            return results.from_exception(exc, operation.uuid), False
+        extended = replace(itinerary, frames=(*itinerary.frames[:-1], frame))
+        failure = self._send_next(extended, result, topic, out)
+        return (result, True) if failure is None else (failure, False)
+
+    def _operation_over(
+        self, around: Itinerary, operation: Task, final: Result, topic: str, out: Consequences, note: str = ""
+    ) -> None:
+        """``operation`` ended with ``final``; for the operations ``around`` it, it is a task that ended."""
+        operation.status = _status(final)
+        operation.result = final
+        out.events.append(
+            Event(
+                type=EventType.OPERATION_ENDED,
+                uuid=operation.uuid,
+                entrypoint=operation.path,
+                operation=around.root.uuid if around.frames else operation.uuid,
+                parent=around.innermost.uuid if around.frames else None,
+                run=around.run,
+                position=around.position,
+                status=_status(final),
+                result=final,
+                note=note,
+            )
+        )
+        if around.frames:
+            self._go_on(around, operation, final, topic, out)
+
+    def _rebuild(self, frame: Frame, task: Task, result: Result) -> Task:
+        """The operation of ``frame``, RUNNING, with the task that ended and what remained."""
+        entry = Entry(frame.uuid, frame.entrypoint, frame.params, metadata=frame.metadata)
+        operation = Task.from_entry(entry, self.controller.find)
+        if not isinstance(operation, Operation):
+            operation = UnregisteredTask(uuid=frame.uuid, params=frame.params, metadata=frame.metadata)
+            operation.entrypoint = frame.entrypoint
+            return operation
+        operation.status = Status.RUNNING
+        operation.result = result
+        operation.key, operation.topic = frame.key, frame.topic
+        if task.status not in (Status.SUCCESS, Status.FAILED, Status.ABORTED):
+            task.status = _status(result)
+        operation.tasks = [task, *(Task.from_entry(Entry.load(e), self.controller.find) for e in frame.tasks)]
+        return operation
+
+    def _fail(self, operation: Operation, failure: Result) -> Result:
+        if operation._broken is not None:
+            return operation._broken  # told already, when it was made
+        try:
+            return operation._finish(failure)
+        except Exception as exc:  # noqa: BLE001 - onerror() is guarded already; set_status() of user code is not
+            return results.from_exception(exc, operation.uuid)
+
+    # -- messages ----------------------------------------------------------------------------------------------------
+
+    def _send_next(self, itinerary: Itinerary, result: Result, topic: str, out: Consequences) -> Result | None:
+        """Add the message of the next task of the innermost operation; a failed Result when it cannot be sent."""
+        step = itinerary.step()
+        assert step is not None
+        entry, itinerary = step
+        try:
+            out.messages.append(
+                self._outgoing(
+                    itinerary.message(entry, result),
+                    itinerary.topic_of(entry) or topic,
+                    itinerary.key_of(entry) or entry.uuid,
+                )
+            )
+        except ValidationError as exc:
+            return results.from_exception(exc, itinerary.innermost.uuid)
+        return None
+
+    def _hand_over_end(self, itinerary: Itinerary, task: Task, result: Result, out: Consequences) -> None:
+        """Send the end of the innermost operation to its own topic, where a worker knows its class."""
+        frame = itinerary.innermost
+        ended = replace(itinerary, end=End(replace(task.to_entry(frame.topic), tasks=None), _status(result)))
+        metadata = {**frame.metadata, METADATA_KEY: ended.dump()}
+        key = itinerary.key_of() or frame.uuid
+        assert frame.topic is not None
+        try:
+            kmsg = Message(frame.uuid, frame.entrypoint, frame.params, result, metadata)
+            out.messages.append(self._outgoing(kmsg, frame.topic, key))
+        except ValidationError as exc:
+            short = results.from_exception(
+                exc, frame.uuid
+            )  # the end must be told, with the reason instead of the Result
+            kmsg = Message(frame.uuid, frame.entrypoint, frame.params, short, metadata)
+            out.messages.append(self._outgoing(kmsg, frame.topic, key))
+
+    def _outgoing(self, kmsg: Message, topic: str, key: str) -> Outgoing:
+        transport: Callable[..., Message] = self.controller.TRANSPORT
+        if type(kmsg) is Message and transport is not Message:
+            kmsg = transport(kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result, kmsg.metadata)
+        return Outgoing(topic, key, encode(kmsg, self.limit), kmsg.entrypoint, kmsg.uuid)
+
+    def outgoing(self, kmsg: Message, topic: str, key: str) -> Outgoing:
+        """A message a task sends by itself, encoded. Raises as encode() does."""
+        return self._outgoing(kmsg, topic, key)
+
+    def _started(self, itinerary: Itinerary, out: Consequences) -> None:
+        """Tell the start of an operation that a service launched: whoever meets its first message does."""
+        if itinerary.new:
+            root = itinerary.root
+            out.events.append(
+                Event(
+                    type=EventType.OPERATION_STARTED,
+                    uuid=root.uuid,
+                    entrypoint=root.entrypoint,
+                    operation=root.uuid,
+                    run=itinerary.run,
+                    position=itinerary.position,
+                    status=Status.RUNNING,
+                    params=root.params,
+                )
+            )
+
+
+def _status(result: Result) -> Status:
+    return Status.SUCCESS if results.is_success(result) else Status.FAILED
+
+
+def _step(task: Task, result: Result, itinerary: Itinerary | None) -> Event:
+    inside = itinerary is not None and bool(itinerary.frames)
+    return Event(
+        type=EventType.STEP_DONE if results.is_success(result) else EventType.STEP_FAILED,
+        uuid=task.uuid,
+        entrypoint=task.path,
+        operation=itinerary.root.uuid if inside and itinerary else None,
+        parent=itinerary.innermost.uuid if inside and itinerary else None,
+        run=itinerary.run if itinerary else 1,
+        position=itinerary.position if itinerary else 0,
+        status=_status(result),
+        result=result,
+    )

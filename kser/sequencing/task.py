@@ -1,0 +1,253 @@
+"""Task: an Entrypoint with a status, which can send itself."""
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol
+
+from kser import context, results
+from kser.entry import Entrypoint, EntrypointMeta, Finder
+from kser.errors import ConfigurationError
+from kser.results import Result
+from kser.schemas import Message
+from kser.sequencing.itinerary import Entry
+from kser.status import Status
+
+__all__ = ["Home", "MessageSender", "Task", "UnregisteredTask", "function_task"]
+
+logger = logging.getLogger(__name__)
+
+
+class MessageSender(Protocol):
+    """What a task needs of a producer."""
+
+    def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
+        """Send one message; the Result says whether the broker confirmed it."""
+
+
+class Home(Protocol):
+    """What a task needs of the registry its class was subscribed to."""
+
+    @property
+    def producer(self) -> MessageSender | None:
+        """Sends the messages of this registry's tasks."""
+
+    @property
+    def topic(self) -> str | None:
+        """Topic of this registry's tasks, unless a class names its own."""
+
+
+class Task(Entrypoint):
+    """A task of an operation, or a lone one. Write ``run()``.
+
+    Args:
+        uuid: task unique identifier.
+        params: task parameters.
+        status: name of a Status.
+        result: Result forwarded from a previous task.
+        metadata: task context.
+
+    Raises ValidationError when ``status`` is none.
+    """
+
+    #: Topic of this task's messages; None: the registry's, else (on a worker) the one the running message came from.
+    topic: str | None = None
+    #: Key of this task's messages; None: that of its operation, else its own uuid.
+    key: str | None = None
+
+    _message_logger: ClassVar[logging.Logger] = logger
+    #: Set by OperationRegistry.subscribe().
+    _home: ClassVar[Home | None] = None
+
+    def __init__(
+        self,
+        uuid: str | None = None,
+        params: dict[str, Any] | None = None,
+        status: str = "PENDING",
+        result: Result | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        self.status: str = Status.parse(status)
+        super().__init__(uuid=uuid, params=params, result=result, metadata=metadata)
+
+    # -- execution ---------------------------------------------------------------------------------------------------
+
+    def _execute(self, result: Result | None, perform: Callable[[], Result]) -> Result:
+        if self.status == Status.SUCCESS:
+            return self.result  # not run again: what it gave is handed on
+        if self._broken is None:
+            self._start()
+        return super()._execute(result, perform)
+
+    def _start(self) -> None:
+        if self.status in (Status.FAILED, Status.ABORTED, Status.WAITING_FOR_INPUT):
+            self.status = Status.PENDING  # executing it once more is the explicit retry that these need
+        self.status = Status.parse(self.status).move(Status.RUNNING)
+
+    def _mark(self, result: Result) -> None:
+        # Assigned, not moved: an onsuccess() that raises turns the SUCCESS it was called with into a FAILED, and the
+        # execution is not over before its hooks are.
+        self.status = Status.SUCCESS if results.is_success(result) else Status.FAILED
+
+    def _label(self) -> str:
+        return str(self.status)
+
+    # -- sending -----------------------------------------------------------------------------------------------------
+
+    def send(
+        self, result: Result | None = None, *, topic: str | None = None, key: str | None = None, timeout: float = 60
+    ) -> Result:
+        """Send this task's message; the Result says whether the broker confirmed it.
+
+        Inside a task that a worker runs, the message leaves when that task is settled (retcode 202), and not at all
+        if it fails.
+
+        Args:
+            result: Result forwarded to the task; default its own.
+            topic: where to; default the task's, its class's, its registry's.
+            key: message key; default the task's, its operation's, its uuid.
+            timeout: seconds to wait for the broker.
+
+        Raises ConfigurationError when there is no producer or no topic.
+        """
+        return self._transmit(result, topic, key, timeout)
+
+    def _transmit(self, result: Result | None, topic: str | None, key: str | None, timeout: float) -> Result:
+        kmsg = self.to_Message(result)
+        target = topic or self.home_topic()
+        delivery = context.current_delivery()
+        if delivery is not None:
+            return delivery.send(kmsg, target, key or self.key)
+        producer = self.home.producer if self.home is not None else None
+        if producer is None:
+            raise ConfigurationError(
+                f"{self.path} cannot be sent: no producer is configured. Subscribe its class to a registry made with "
+                "OperationRegistry(producer=..., topic=...), or call registry.configure(producer=...)",
+                extra={"uuid": self.uuid, "entrypoint": self.path},
+            )
+        if target is None:
+            raise ConfigurationError(
+                f"{self.path} cannot be sent: no topic is configured. Name it in send(topic=...), in the class "
+                "(topic = ...), or in OperationRegistry(topic=...)",
+                extra={"uuid": self.uuid, "entrypoint": self.path},
+            )
+        return producer.send(target, kmsg, timeout, key=key or self.key)
+
+    @property
+    def home(self) -> Home | None:
+        """The registry this task's class was subscribed to, or None."""
+        return self._home
+
+    def own_topic(self) -> str | None:
+        """The task's topic, else its class's, else its registry's, else None."""
+        return self.topic or (self._home.topic if self._home is not None else None)
+
+    def home_topic(self) -> str | None:
+        """Where the task is sent when nobody says where."""
+        return self.own_topic()
+
+    def to_entry(self, topic: str | None) -> Entry:
+        """The task as an entry of an itinerary, in an operation whose topic is ``topic``."""
+        own = self.own_topic()
+        return Entry(
+            uuid=self.uuid,
+            entrypoint=self.path,
+            params=self.params,
+            topic=own if own != topic else None,
+            key=self.key,
+            metadata=self.metadata,
+        )
+
+    @classmethod
+    def from_entry(cls, entry: Entry, find: Finder) -> "Task":
+        """The task an entry names; an UnregisteredTask when its class is not known here."""
+        found = find(entry.entrypoint)
+        kmsg = Message(entry.uuid, entry.entrypoint, dict(entry.params), None, dict(entry.metadata))
+        task = (found if found is not None and issubclass(found, Task) else UnregisteredTask).from_Message(kmsg)
+        if isinstance(task, UnregisteredTask):
+            task.entrypoint = entry.entrypoint
+        if entry.topic:
+            task.topic = entry.topic
+        if entry.key:
+            task.key = entry.key
+        if entry.tasks is not None:
+            task.adopt(entry.tasks, find)
+        return task
+
+    def adopt(self, children: Sequence[Entry], find: Finder) -> None:
+        """Take over the children that travelled with this task. Only an Operation has any."""
+
+    def __repr__(self) -> str:
+        return f"Task [{self.path}](uuid={self.uuid},status={self.status}, params={self.params})"
+
+
+class UnregisteredTask(Task):
+    """Stands for a task whose class this process does not know. It can be looked at and sent, not run."""
+
+    entrypoint: str = ""
+    children: tuple[Entry, ...] | None = None
+
+    @property
+    def path(self) -> str:
+        """The name its message has."""
+        return self.entrypoint
+
+    def adopt(self, children: Sequence[Entry], find: Finder) -> None:  # noqa: ARG002
+        """Keep the children, so that sending this task sends them along."""
+        self.children = tuple(children)
+
+    def to_entry(self, topic: str | None) -> Entry:
+        """The entry this task came from."""
+        return replace(super().to_entry(topic), tasks=self.children)
+
+
+def function_task(function: Callable[..., Any]) -> type[Task]:
+    """A Task class whose run() calls ``function`` with those of the task's params that it names.
+
+    What the function returns: a Result is taken as it is, None forwards what came, a dict becomes ``retval``, anything
+    else ``retval["value"]``. Parameters without a default are REQUIRED_FIELDS. ``async def`` works too. The function
+    itself stays reachable as the class attribute ``function``.
+
+    Raises ConfigurationError when the function cannot be called by names.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if unnamed := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
+        raise ConfigurationError(
+            f"{function.__name__}() cannot be a task: {', '.join(unnamed)} can only be given by position, and params "
+            "are given by name; drop the '/' from its signature",
+            extra={"function": function.__name__},
+        )
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+    def call(task: Task) -> Any:
+        if takes_all:
+            return function(**task.params)
+        return function(**{p.name: task.params[p.name] for p in named if p.name in task.params})
+
+    def run(self: Task) -> Result | None:
+        return _returned(self, call(self))
+
+    async def run_async(self: Task) -> Result | None:
+        return _returned(self, await call(self))
+
+    made: type[Task] = EntrypointMeta(  # type: ignore[assignment]
+        function.__name__,
+        (Task,),
+        {
+            "__module__": function.__module__,
+            "__qualname__": function.__qualname__,
+            "__doc__": function.__doc__,
+            "REQUIRED_FIELDS": tuple(p.name for p in named if p.default is p.empty),
+            "function": staticmethod(function),
+            "run": run_async if inspect.iscoroutinefunction(function) else run,
+        },
+    )
+    return made
+
+
+def _returned(task: Task, value: Any) -> Result | None:
+    if value is None or isinstance(value, Result):
+        return value
+    return Result(uuid=task.uuid, retval=value if isinstance(value, dict) else {"value": value})
