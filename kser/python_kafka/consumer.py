@@ -4,9 +4,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from kser.confluent.consumer import BaseConsumer
 from kser.confluent.transport import ConfluentTransport
 from kser.python_kafka.config import consumer_config
+from kser.worker.consumer import BaseConsumer
 
 __all__ = ["Consumer"]
 

@@ -1,0 +1,20 @@
+"""Producer of the in-memory driver."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kser.dummy.clusters import cluster
+from kser.producer import BaseProducer
+
+__all__ = ["Producer"]
+
+
+class Producer(BaseProducer):
+    """Sends messages to a cluster in this process; a dummy Consumer with the same ``bootstrap.servers`` gets them.
+
+    Args:
+        config: only ``bootstrap.servers`` counts, as a name; default "memory".
+    """
+
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        super().__init__(cluster(config).sink())
