@@ -5,8 +5,6 @@ context, and two tasks running side by side do not see each other's.
 """
 
 import uuid as uuids
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,17 +23,9 @@ class Delivery(Protocol):
         """Keep one message. Topic None: the one the running message came from. retcode 202, or a failed Result."""
 
 
-class _IdScope:
-    __slots__ = ("made", "parent")
-
-    def __init__(self, parent: str) -> None:
-        self.parent = parent
-        self.made = 0
-
-
 _task: ContextVar[Any] = ContextVar("kser_task", default=None)
 _delivery: ContextVar[Delivery | None] = ContextVar("kser_delivery", default=None)
-_ids: ContextVar[_IdScope | None] = ContextVar("kser_ids", default=None)
+_ids: "ContextVar[id_scope | None]" = ContextVar("kser_ids", default=None)
 
 
 def current_task() -> "Entrypoint | None":
@@ -49,24 +39,35 @@ def current_delivery() -> Delivery | None:
     return _delivery.get()
 
 
-@contextmanager
-def delivering(delivery: Delivery) -> Iterator[None]:
+class delivering:  # noqa: N801 - used as a statement
     """Within the block what tasks send goes to ``delivery``."""
-    token = _delivery.set(delivery)
-    try:
-        yield
-    finally:
-        _delivery.reset(token)
+
+    __slots__ = ("_delivery", "_token")
+
+    def __init__(self, delivery: Delivery) -> None:
+        self._delivery = delivery
+
+    def __enter__(self) -> None:
+        self._token = _delivery.set(self._delivery)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _delivery.reset(self._token)
 
 
-@contextmanager
-def id_scope(parent: str) -> Iterator[None]:
+class id_scope:  # noqa: N801 - used as a statement
     """Within the block new ids are derived from ``parent`` and their order, so that running it again makes the same."""
-    token = _ids.set(_IdScope(parent))
-    try:
-        yield
-    finally:
-        _ids.reset(token)
+
+    __slots__ = ("_token", "made", "parent")
+
+    def __init__(self, parent: str) -> None:
+        self.parent = parent
+        self.made = 0
+
+    def __enter__(self) -> None:
+        self._token = _ids.set(self)
+
+    def __exit__(self, *exc_info: object) -> None:
+        _ids.reset(self._token)
 
 
 def new_uuid() -> str:

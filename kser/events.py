@@ -102,8 +102,11 @@ class Event:
             return self.type in (EventType.STEP_DONE, EventType.STEP_FAILED)
         return self.type == EventType.OPERATION_ENDED and self.uuid == self.operation
 
-    def to_bytes(self) -> bytes:
-        """The event as compact UTF-8 JSON. Never fails: what JSON has no form for is written as its repr()."""
+    def to_bytes(self, worker: str | None = None) -> bytes:
+        """The event as compact UTF-8 JSON, told by ``worker`` (default: its own field).
+
+        Never fails: what JSON has no form for is written as its repr().
+        """
         data: dict[str, Any] = {
             "v": VERSION,
             "type": self.type,
@@ -116,7 +119,7 @@ class Event:
             "phase": self.phase,
             "status": self.status,
             "at": self.at or int(time.time() * 1000),
-            "worker": self.worker,
+            "worker": self.worker if worker is None else worker,
         }
         if self.params:
             data["params"] = mask(self.params)

@@ -28,12 +28,12 @@ class Status(StrEnum):
     @classmethod
     def parse(cls, value: str) -> "Status":
         """The Status of this name. Raises ValidationError naming the ones there are."""
-        try:
-            return cls(value)
-        except ValueError:
+        found = _BY_NAME.get(value)
+        if found is None:
             raise ValidationError(
                 f"Unknown status {value!r}: use one of {', '.join(cls)}", extra={"status": str(value)}
-            ) from None
+            )
+        return found
 
     @property
     def final(self) -> bool:
@@ -63,6 +63,7 @@ class Status(StrEnum):
         )
 
 
+_BY_NAME: dict[str, Status] = {str(status): status for status in Status}
 _FINAL = frozenset({Status.SUCCESS, Status.FAILED, Status.SKIPPED, Status.ABORTED})
 _MOVES: dict[Status, frozenset[Status]] = {
     Status.PENDING: frozenset({Status.RUNNING, Status.ABORTED, Status.SKIPPED, Status.FAILED}),

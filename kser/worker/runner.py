@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from kser import context, results
 from kser.controller import Controller
@@ -190,6 +190,6 @@ class Runner:
         records = [OutRecord(m.topic, m.key.encode(), m.value, self._headers) for m in messages]
         if self._events_topic is not None:
             for event in events:
-                told = replace(event, worker=self.worker)
-                records.append(OutRecord(self._events_topic, told.key.encode(), told.to_bytes(), self._headers))
+                value = event.to_bytes(self.worker)
+                records.append(OutRecord(self._events_topic, event.key.encode(), value, self._headers))
         return records
