@@ -7,9 +7,10 @@ import time
 import uuid
 
 os.environ["RUNNING_FILE"] = "/dev/null"
-os.environ["LOCK_PATH"] = "/tmp"  # noqa: S108 - the original wants one; nothing is written there
+os.environ["LOCK_PATH"] = "/tmp"
 
 from cdumay_result import Result
+
 from kser.controller import Controller
 from kser.entry import Entrypoint
 

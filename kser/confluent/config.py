@@ -1,0 +1,348 @@
+"""The settings of the Kafka clients: what the user gave, checked, over kser's defaults.
+
+Users write librdkafka's property names (https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md) for all
+clients in one mapping; each client gets those that are meant for it. Properties that decide whether something is lost or
+done twice are set by kser whatever the user wrote, with a warning.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, TypeVar
+
+from confluent_kafka import Consumer, KafkaException, Producer
+
+from kser.confluent.errors import kafka_error
+from kser.confluent.logs import logger
+from kser.confluent.properties import ALIASES, CONSUMER, KNOWN, PRODUCER
+from kser.errors import ConfigurationError
+from kser.masking import MASK, looks_secret
+
+__all__ = [
+    "ENVIRONMENT_PREFIX",
+    "Start",
+    "admin_config",
+    "checked",
+    "consumer_config",
+    "from_environment",
+    "is_incremental",
+    "masked",
+    "new_client",
+    "new_group_start",
+    "producer_config",
+    "reader_config",
+]
+
+#: Where a group without a committed offset starts.
+Start = Literal["earliest", "latest", "error"]
+
+ENVIRONMENT_PREFIX: Final = "KSER_KAFKA_"
+
+_CLIENT_DEFAULTS: Final[dict[str, Any]] = {
+    "client.id": "kser",
+}
+_FETCH_DEFAULTS: Final[dict[str, Any]] = {
+    # librdkafka prefetches 64 MB and 100,000 messages, which looks like a leak and delays nothing but a rebalance.
+    "queued.max.messages.kbytes": 16384,
+    "queued.min.messages": 5000,
+    "fetch.wait.max.ms": 100,
+}
+_SOURCE_ALWAYS: Final[dict[str, Any]] = {
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    # Also makes the client ask for stable offsets, so that none is read which a transaction is about to move.
+    "isolation.level": "read_committed",
+    # Never a silent reset: where to start is always said, a position that is gone is an OffsetLostError.
+    "auto.offset.reset": "error",
+    "enable.partition.eof": False,
+}
+_PRODUCER_DEFAULTS: Final[dict[str, Any]] = {
+    "acks": "all",
+    # The default of Java producers, so that both put a key into the same partition.
+    "partitioner": "murmur2_random",
+    "compression.type": "lz4",
+    # Just below what a broker takes by default (1,048,588 with the batch's own header).
+    "message.max.bytes": 1_048_000,
+    # One message and its confirmation: 0.2 ms with 0, 1.4 ms with anything from 0.1 to 1, 5.7 ms with 5. 20,000 at once
+    # cost the same with each: batches grow by themselves while five requests are under way.
+    "linger.ms": 0,
+    # A topic that is missing is told after this time, not after 30 s; one just created is known everywhere long before.
+    "topic.metadata.propagation.max.ms": 5000,
+}
+_TRANSACTION_DEFAULTS: Final[dict[str, Any]] = {
+    "linger.ms": 1,  # commit flushes anyway
+    "transaction.timeout.ms": 10_000,
+    # The next transaction of an id waits for the markers of its last one: 10 ms between two looks, not 100.
+    "retry.backoff.ms": 10,
+}
+#: Set by kser itself, or without a meaning here: property -> what to do instead.
+_NOT_FOR_USERS: Final[dict[str, str]] = {
+    "transactional.id": "kser names its transactional producers itself",
+    "enable.partition.eof": "kser sets it where it needs it",
+    "on_delivery": "give on_delivery with each record",
+    "on_commit": "commits are synchronous and report their own errors",
+    "logger": "the client logs to the Python logger kser.confluent",
+    "key.serializer": "kser writes bytes itself",
+    "value.serializer": "kser writes bytes itself",
+    "key.deserializer": "kser reads bytes itself",
+    "value.deserializer": "kser reads bytes itself",
+}
+#: Python callables that confluent-kafka takes beside librdkafka's properties.
+_CALLBACKS: Final = frozenset({"error_cb", "stats_cb", "throttle_cb", "oauth_cb"})
+#: KIP-848 leaves these to the broker; librdkafka refuses them together with group.protocol=consumer.
+_CLASSIC_ONLY: Final = (
+    "partition.assignment.strategy",
+    "session.timeout.ms",
+    "heartbeat.interval.ms",
+    "group.protocol.type",
+)
+_STARTS: Final[dict[str, Start]] = {
+    "smallest": "earliest",
+    "earliest": "earliest",
+    "beginning": "earliest",
+    "largest": "latest",
+    "latest": "latest",
+    "end": "latest",
+    "error": "error",
+    "none": "error",
+}
+#: Holds secrets though its name does not look like it.
+_SECRET_TOO: Final = frozenset({"sasl.oauthbearer.config"})
+
+_Client = TypeVar("_Client")
+
+
+# -- what the user gave ------------------------------------------------------------------------------------------------
+
+
+def checked(user: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the user's properties, second names replaced by the usual ones, that both kinds of client accept.
+
+    No broker is asked, nothing is connected. Files it names (certificates, keys) are read.
+
+    Raises ConfigurationError: which property is missing, unknown or has a value that cannot be, and what to write.
+    """
+    config = _named_once(user)
+    for name, cure in _NOT_FOR_USERS.items():
+        if name in config:
+            raise ConfigurationError(f"Kafka property {name}: {cure}; leave it out", extra={"property": name})
+    if not config.get("bootstrap.servers"):
+        raise ConfigurationError(
+            "Kafka property bootstrap.servers is missing: give the brokers' addresses, as in "
+            '{"bootstrap.servers": "host1:9092,host2:9092"}, or set KSER_KAFKA_BOOTSTRAP_SERVERS',
+            extra={"property": "bootstrap.servers"},
+        )
+    if str(config.get("auto.offset.reset", "earliest")) not in _STARTS:
+        raise ConfigurationError(
+            f"Kafka property auto.offset.reset={config['auto.offset.reset']!r}: write earliest or latest, where a group "
+            "that has committed nothing yet starts",
+            extra={"property": "auto.offset.reset"},
+        )
+    _try_out(config)
+    return config
+
+
+def from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The properties that KSER_KAFKA_* variables give: KSER_KAFKA_SASL_PASSWORD is ``sasl.password``.
+
+    Empty variables count as not set. Raises ConfigurationError for a name that is no property.
+    """
+    names = {_variable(name): name for name in KNOWN}
+    found: dict[str, str] = {}
+    for variable in sorted(environ):
+        if not variable.startswith(ENVIRONMENT_PREFIX) or not environ[variable]:
+            continue
+        name = names.get(variable)
+        if name is None:
+            raise ConfigurationError(
+                f"Environment variable {variable} names no Kafka property{_nearest(variable, names)}",
+                extra={"property": variable},
+            )
+        found[name] = environ[variable]
+    return found
+
+
+def new_group_start(user: Mapping[str, Any]) -> Start:
+    """Where a group that has committed nothing starts: the user's ``auto.offset.reset``, by default earliest."""
+    return _STARTS[str(user.get("auto.offset.reset", "earliest"))]
+
+
+def masked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy to show to people: values that look secret are masked."""
+    return {k: MASK if v not in (None, "") and _is_secret(k) else v for k, v in config.items()}
+
+
+# -- what each client gets ---------------------------------------------------------------------------------------------
+
+
+def consumer_config(user: Mapping[str, Any], group: str, *, kip848: bool = False) -> dict[str, Any]:
+    """For a member of ``group``. Warns of what is overridden.
+
+    Args:
+        user: properties that went through checked().
+        group: the consumer group; wins over ``group.id`` in ``user``.
+        kip848: use the group protocol of KIP-848 unless the user chose one.
+    """
+    _warn_overridden(user, "enable.auto.commit", unless=False, why="offsets are committed when the work is done")
+    _warn_overridden(user, "isolation.level", unless="read_committed", why="aborted results must not be run")
+    return _consumer(user, group, kip848=kip848)
+
+
+def reader_config(user: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """For an onlooker outside any group. librdkafka wants a ``group`` even so; nothing is committed under it."""
+    config = _CLIENT_DEFAULTS | _FETCH_DEFAULTS | _without(user, PRODUCER)
+    config = _without(config, {*_CLASSIC_ONLY, "group.protocol", "group.instance.id", "group.remote.assignor"})
+    # An onlooker that falls behind the retention goes on with what there still is.
+    return config | _SOURCE_ALWAYS | {"group.id": group, "auto.offset.reset": "earliest", "enable.partition.eof": True}
+
+
+def producer_config(user: Mapping[str, Any], transactional_id: str | None = None) -> dict[str, Any]:
+    """For a producer: idempotent with all acknowledgements, unless the user wants less; always so in transactions."""
+    if transactional_id is None:
+        if _text(user.get("acks", "all")) == "0":
+            logger.warning(
+                "Kafka property acks=0: what is sent counts as sent without a broker's word, and may be lost"
+            )
+        return _plain_producer(user)
+    _warn_overridden(user, "acks", unless="all", why="transactions need it so")
+    _warn_overridden(user, "enable.idempotence", unless=True, why="transactions need it so")
+    return _transactional_producer(user, transactional_id)
+
+
+def admin_config(user: Mapping[str, Any]) -> dict[str, Any]:
+    """For looking at topics and making them."""
+    config = _CLIENT_DEFAULTS | _without(user, CONSUMER | PRODUCER)
+    # Nobody polls an admin client all the time, so its log lines would pile up unread: its calls tell their errors.
+    return config | {"allow.auto.create.topics": False, "log_level": 0}
+
+
+def is_incremental(config: Mapping[str, Any]) -> bool:
+    """Whether rebalances of a consumer with this config come as differences (cooperative, KIP-848)."""
+    return config.get("group.protocol") == "consumer" or "cooperative" in str(
+        config.get("partition.assignment.strategy", "")
+    )
+
+
+def new_client(factory: Callable[[dict[str, Any]], _Client], config: Mapping[str, Any], **own: Any) -> _Client:
+    """A client made of ``config`` and kser's ``own`` callbacks. Raises ConfigurationError when librdkafka refuses."""
+    try:
+        return factory({**config, **own})
+    except (KafkaException, TypeError, ValueError) as exc:
+        error = kafka_error(exc)
+        text = error.str() if error is not None else str(exc)
+        raise _refusal(text or "", config) from exc
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _named_once(user: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's properties under one name each; None means not set; a list is joined with commas."""
+    config: dict[str, Any] = {}
+    for given, value in user.items():
+        if not isinstance(given, str):
+            raise ConfigurationError(f"Kafka property {given!r}: names are strings", extra={"property": str(given)})
+        if value is None:
+            continue
+        name = ALIASES.get(given, given)
+        if name in config:
+            raise ConfigurationError(
+                f"Kafka properties {name} and {given} are the same setting: give one of them",
+                extra={"property": given},
+            )
+        config[name] = ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value
+        if name == "acks" and _text(value) == "-1":
+            config[name] = "all"
+        if callable(value) and name not in _CALLBACKS | _NOT_FOR_USERS.keys():
+            raise ConfigurationError(f"Kafka property {given} takes no function", extra={"property": given})
+    return config
+
+
+def _try_out(config: Mapping[str, Any]) -> None:
+    """Let librdkafka itself judge: make a client of each kind, which without addresses connects to nothing."""
+    alone = _without(config, {"bootstrap.servers", *_CALLBACKS}) | {"log_level": 0}
+    new_client(Producer, _plain_producer(alone))
+    new_client(Producer, _transactional_producer(alone, "kser"))
+    new_client(Consumer, _consumer(alone, "kser", kip848=False)).close()
+
+
+def _consumer(user: Mapping[str, Any], group: str, *, kip848: bool) -> dict[str, Any]:
+    config = _CLIENT_DEFAULTS | _FETCH_DEFAULTS | _without(user, PRODUCER)
+    if kip848 and "group.protocol" not in user:
+        config = _without(config, _CLASSIC_ONLY) | {"group.protocol": "consumer"}
+    elif config.get("group.protocol", "classic") == "classic":
+        config.setdefault("partition.assignment.strategy", "cooperative-sticky")
+    return config | _SOURCE_ALWAYS | {"group.id": group}
+
+
+def _plain_producer(user: Mapping[str, Any]) -> dict[str, Any]:
+    given = _without(user, CONSUMER)
+    config = _CLIENT_DEFAULTS | _PRODUCER_DEFAULTS | given
+    config.setdefault("enable.idempotence", _may_be_idempotent(given))
+    return config
+
+
+def _transactional_producer(user: Mapping[str, Any], transactional_id: str) -> dict[str, Any]:
+    # What idempotence excludes is left out here, so that one mapping serves plain and transactional producers.
+    given = _without(user, CONSUMER | {"acks", "linger.ms", "retries", "max.in.flight"})
+    config = _CLIENT_DEFAULTS | _PRODUCER_DEFAULTS | _TRANSACTION_DEFAULTS | given
+    if _number(config.get("delivery.timeout.ms")) > _number(config["transaction.timeout.ms"]):
+        del config["delivery.timeout.ms"]  # librdkafka refuses a longer one, and takes the transaction's by itself
+    return config | {"enable.idempotence": True, "transactional.id": transactional_id}
+
+
+def _refusal(text: str, config: Mapping[str, Any]) -> ConfigurationError:
+    for name, value in config.items():
+        if _is_secret(name) and len(str(value)) > 2:
+            text = text.replace(str(value), MASK)
+    marker = 'No such configuration property: "'
+    if marker in text:
+        name = text.split(marker, 1)[1].split('"', 1)[0]
+        return ConfigurationError(
+            f"Kafka property {name} does not exist{_nearest(name, KNOWN)}", extra={"property": name}
+        )
+    named = next((n for n in config if f'"{n}"' in text or f"`{n}`" in text), None)
+    given = f" (given: {MASK if _is_secret(named) else repr(config[named])})" if named else ""
+    return ConfigurationError(f"Kafka settings are refused: {text}{given}", extra={"property": named})
+
+
+def _nearest(name: str, known: "frozenset[str] | Mapping[str, str]") -> str:
+    dotted = name.replace("_", ".")
+    found = [dotted] if dotted in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else "; leave it out"
+
+
+def _variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.replace(".", "_").upper()
+
+
+def _is_secret(name: str) -> bool:
+    return name in _SECRET_TOO or looks_secret(name)
+
+
+def _without(config: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in names}
+
+
+def _warn_overridden(user: Mapping[str, Any], name: str, *, unless: Any, why: str) -> None:
+    if name in user and _text(user[name]) != _text(unless):
+        logger.warning("Kafka property %s=%s is overridden: %s", name, user[name], why)
+
+
+def _may_be_idempotent(given: Mapping[str, Any]) -> bool:
+    """As Java producers do: idempotent unless the user's own settings exclude it."""
+    return (
+        _text(given.get("acks", "all")) in ("all", "-1")
+        and _text(given.get("retries", 1)) != "0"
+        and _number(given.get("max.in.flight", 5)) <= 5
+    )
+
+
+def _text(value: Any) -> str:
+    return str(value).strip().lower()
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0.0

@@ -1,0 +1,28 @@
+"""A worker that kills itself (-9) when it would commit its first offset: what follows is confirmed, the offset is not.
+
+Arguments: bootstrap servers, topic, group.
+"""
+
+import os
+import signal
+import sys
+
+from kser import Worker
+from kser.confluent.transport import ConfluentTransport
+from tests.apps.dice import registry
+
+
+class KillingTransport(ConfluentTransport):
+    def source(self, group):
+        source = super().source(group)
+
+        def commit(positions, timeout_s=10):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        source.commit = commit
+        return source
+
+
+if __name__ == "__main__":
+    bootstrap, topic, group = sys.argv[1:4]
+    Worker(registry, topics=[topic], group=group, transport=KillingTransport({"bootstrap.servers": bootstrap})).run()
