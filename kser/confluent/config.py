@@ -1,18 +1,18 @@
 """The settings of the Kafka clients: what the user gave, checked, over kser's defaults.
 
-Users write librdkafka's property names (https://github.com/confluentinc/librdkafka/blob/master/CONFIGURATION.md) for all
-clients in one mapping; each client gets those that are meant for it. Properties that decide whether something is lost or
-done twice are set by kser whatever the user wrote, with a warning.
+Users write librdkafka's property names (CONFIGURATION.md of github.com/confluentinc/librdkafka) for all clients in one
+mapping; each client gets those that are meant for it. Properties that decide whether something is lost or done twice
+are set by kser whatever the user wrote, with a warning.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, Literal, TypeVar
 
 from confluent_kafka import Consumer, KafkaException, Producer
 
 from kser.confluent.errors import kafka_error
-from kser.confluent.logs import logger
+from kser.confluent.logs import ClientState, logger
 from kser.confluent.properties import ALIASES, CONSUMER, KNOWN, PRODUCER
 from kser.errors import ConfigurationError
 from kser.masking import MASK, looks_secret
@@ -125,19 +125,19 @@ def checked(user: Mapping[str, Any]) -> dict[str, Any]:
     for name, cure in _NOT_FOR_USERS.items():
         if name in config:
             raise ConfigurationError(f"Kafka property {name}: {cure}; leave it out", extra={"property": name})
+    start = str(config.get("auto.offset.reset", "earliest"))
+    if start not in _STARTS:
+        raise ConfigurationError(
+            f"Kafka property auto.offset.reset={start!r}: write earliest or latest, the start of a new group",
+            extra={"property": "auto.offset.reset"},
+        )
+    _try_out(config)
     if not config.get("bootstrap.servers"):
         raise ConfigurationError(
             "Kafka property bootstrap.servers is missing: give the brokers' addresses, as in "
             '{"bootstrap.servers": "host1:9092,host2:9092"}, or set KSER_KAFKA_BOOTSTRAP_SERVERS',
             extra={"property": "bootstrap.servers"},
         )
-    if str(config.get("auto.offset.reset", "earliest")) not in _STARTS:
-        raise ConfigurationError(
-            f"Kafka property auto.offset.reset={config['auto.offset.reset']!r}: write earliest or latest, where a group "
-            "that has committed nothing yet starts",
-            extra={"property": "auto.offset.reset"},
-        )
-    _try_out(config)
     return config
 
 
@@ -146,15 +146,16 @@ def from_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
     Empty variables count as not set. Raises ConfigurationError for a name that is no property.
     """
-    names = {_variable(name): name for name in KNOWN}
+    names = {name.replace(".", "_").upper(): name for name in KNOWN}
     found: dict[str, str] = {}
     for variable in sorted(environ):
         if not variable.startswith(ENVIRONMENT_PREFIX) or not environ[variable]:
             continue
-        name = names.get(variable)
+        suffix = variable.removeprefix(ENVIRONMENT_PREFIX)
+        name = names.get(suffix)
         if name is None:
             raise ConfigurationError(
-                f"Environment variable {variable} names no Kafka property{_nearest(variable, names)}",
+                f"Environment variable {variable} names no Kafka property{_nearest(suffix, names, ENVIRONMENT_PREFIX)}",
                 extra={"property": variable},
             )
         found[name] = environ[variable]
@@ -222,14 +223,21 @@ def is_incremental(config: Mapping[str, Any]) -> bool:
     )
 
 
-def new_client(factory: Callable[[dict[str, Any]], _Client], config: Mapping[str, Any], **own: Any) -> _Client:
-    """A client made of ``config`` and kser's ``own`` callbacks. Raises ConfigurationError when librdkafka refuses."""
+def new_client(
+    factory: Callable[[dict[str, Any]], _Client], config: Mapping[str, Any], state: ClientState | None = None
+) -> _Client:
+    """A client made of ``config``, its log lines and errors told to ``state``.
+
+    Raises ConfigurationError when librdkafka refuses. A broker that is down is no error here.
+    """
+    complete = {k: _guarded(v) if k in _CALLBACKS and k != "oauth_cb" else v for k, v in config.items()}
+    if state is not None:
+        complete |= {"logger": state.quiet, "error_cb": _both(state.on_error, complete.get("error_cb"))}
     try:
-        return factory({**config, **own})
+        return factory(complete)
     except (KafkaException, TypeError, ValueError) as exc:
         error = kafka_error(exc)
-        text = error.str() if error is not None else str(exc)
-        raise _refusal(text or "", config) from exc
+        raise _refusal((error.str() if error is not None else str(exc)) or "", config) from exc
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------
@@ -252,8 +260,9 @@ def _named_once(user: Mapping[str, Any]) -> dict[str, Any]:
         config[name] = ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value
         if name == "acks" and _text(value) == "-1":
             config[name] = "all"
-        if callable(value) and name not in _CALLBACKS | _NOT_FOR_USERS.keys():
-            raise ConfigurationError(f"Kafka property {given} takes no function", extra={"property": given})
+        if callable(value) != (name in _CALLBACKS) and name not in _NOT_FOR_USERS:
+            takes = "takes a function" if name in _CALLBACKS else "takes no function"
+            raise ConfigurationError(f"Kafka property {given} {takes}, not {value!r}", extra={"property": given})
     return config
 
 
@@ -290,6 +299,29 @@ def _transactional_producer(user: Mapping[str, Any], transactional_id: str) -> d
     return config | {"enable.idempotence": True, "transactional.id": transactional_id}
 
 
+def _guarded(callback: Callable[[Any], object]) -> Callable[[Any], None]:
+    """The user's callback, whose exceptions are logged: they would come out of some later call, garbled."""
+
+    def guarded(event: Any) -> None:
+        try:
+            callback(event)
+        except Exception:  # noqa: BLE001 - user code, called by the client
+            logger.exception("%r of the Kafka settings raised", callback)
+
+    return guarded
+
+
+def _both(own: Callable[[Any], None], users: Callable[[Any], None] | None) -> Callable[[Any], None]:
+    if users is None:
+        return own
+
+    def both(event: Any) -> None:
+        own(event)
+        users(event)
+
+    return both
+
+
 def _refusal(text: str, config: Mapping[str, Any]) -> ConfigurationError:
     for name, value in config.items():
         if _is_secret(name) and len(str(value)) > 2:
@@ -300,19 +332,16 @@ def _refusal(text: str, config: Mapping[str, Any]) -> ConfigurationError:
         return ConfigurationError(
             f"Kafka property {name} does not exist{_nearest(name, KNOWN)}", extra={"property": name}
         )
-    named = next((n for n in config if f'"{n}"' in text or f"`{n}`" in text), None)
-    given = f" (given: {MASK if _is_secret(named) else repr(config[named])})" if named else ""
+    spoken = {spelling: name for spelling, name in ALIASES.items() if name in config} | {name: name for name in config}
+    named = next((spoken[n] for n in sorted(spoken, key=len, reverse=True) if n in text), None)
+    given = f" (given: {named}={MASK if _is_secret(named) else config[named]!r})" if named else ""
     return ConfigurationError(f"Kafka settings are refused: {text}{given}", extra={"property": named})
 
 
-def _nearest(name: str, known: "frozenset[str] | Mapping[str, str]") -> str:
+def _nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     dotted = name.replace("_", ".")
-    found = [dotted] if dotted in known else difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else "; leave it out"
-
-
-def _variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.replace(".", "_").upper()
+    found = [dotted] if dotted in known else difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {prefix}{found[0]}?" if found else "; leave it out"
 
 
 def _is_secret(name: str) -> bool:

@@ -17,7 +17,7 @@ from kser.errors import (
     TransportError,
 )
 
-__all__ = ["LOST", "REFUSED", "kafka_error", "kafka_errors", "translate", "unanswered"]
+__all__ = ["LOST", "REFUSED", "kafka_error", "kafka_errors", "too_large", "translate", "unanswered"]
 
 #: The brokers will not let this client in, or not do this: no waiting cures it.
 _CURES: Final[dict[int, str]] = {
@@ -36,7 +36,7 @@ _CURES: Final[dict[int, str]] = {
     KafkaError.INVALID_TRANSACTION_TIMEOUT: "set transaction.timeout.ms below the broker's transaction.max.timeout.ms",
     KafkaError.INCONSISTENT_GROUP_PROTOCOL: "give all members of the group the same partition.assignment.strategy",
     KafkaError.UNSUPPORTED_ASSIGNOR: "set group.remote.assignor to one that the broker has",
-    KafkaError.UNSUPPORTED_VERSION: "the broker is too old for this: for group.protocol=consumer it must be 4.0 or newer",
+    KafkaError.UNSUPPORTED_VERSION: "the broker is too old for this; group.protocol=consumer needs Kafka 4.0 or newer",
 }
 #: Codes by which the brokers refuse a client as such.
 REFUSED: Final = frozenset(
@@ -102,6 +102,7 @@ def translate(error: KafkaError, doing: str, *, strict: bool = False, **extra: A
     """The error of kser for one of the client.
 
     Args:
+        error: what the client reported.
         doing: what failed, as the start of a sentence: ``Committing the offsets of group shop``.
         strict: call an error retriable only where librdkafka flags it, as its transaction calls demand.
         extra: goes into ``extra`` of the error, beside ``kafka_error``, the name of the code.

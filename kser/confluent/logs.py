@@ -76,13 +76,13 @@ class ClientState:
     Args:
         what: the client in logs and errors, e.g. ``consumer of group shop``.
         brokers: its ``bootstrap.servers``.
-        quiet: logger for what may repeat.
     """
 
-    def __init__(self, what: str, brokers: str, quiet: QuietLog) -> None:
+    def __init__(self, what: str, brokers: str) -> None:
+        #: For the client's own lines, and for what may repeat.
+        self.quiet = QuietLog()
         self._what = what
         self._brokers = brokers
-        self._quiet = quiet
         self._down = False
         self._was_up = False
         #: Why the brokers let this client in no more or not at all (credentials, certificates, rights).
@@ -99,7 +99,7 @@ class ClientState:
                 self._down = True
                 logger.warning("The %s reaches no broker of %s: it goes on trying", self._what, self._brokers)
         else:
-            self._quiet.log(logging.INFO, "%s [%s] %s", error.name(), self._what, error.str())
+            self.quiet.log(logging.INFO, "%s [%s] %s", error.name(), self._what, error.str())
 
     def up(self) -> None:
         """Something was answered."""

@@ -8,7 +8,7 @@ __all__ = ["Clock", "RealClock"]
 
 
 class Clock(Protocol):
-    """Time, and a way to wait for it. May be shared by threads. See `kser.testing.FakeClock` for one that tests turn."""
+    """Time, and a way to wait for it. Threads may share it. Tests turn one of their own: `kser.testing.FakeClock`."""
 
     def monotonic(self) -> float:
         """Seconds since some moment; never goes back."""

@@ -1,0 +1,196 @@
+"""ConfluentAdmin: the topics of a Kafka cluster."""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from typing import Any, Final, TypeVar
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, TopicMetadata
+
+from kser.confluent.config import admin_config, new_client
+from kser.confluent.errors import kafka_error, kafka_errors, translate, unanswered
+from kser.confluent.logs import ClientState
+from kser.errors import Error, TransportError
+from kser.transport import TopicInfo, TopicSpec
+
+__all__ = ["ConfluentAdmin"]
+
+#: How the cluster id of librdkafka's mock cluster begins, which is the embedded broker.
+_MOCK_PREFIX: Final = "mockCluster"
+#: Longest wait for answers that are needed inside other calls.
+_LOOK_S: Final = 5.0
+#: Seconds between two looks whether a new topic has come.
+_AGAIN_S: Final = 0.05
+
+_T = TypeVar("_T")
+
+
+class ConfluentAdmin:
+    """Looks at topics and makes them. Implements kser.transport.TopicAdmin. May be shared by threads.
+
+    Args:
+        user: librdkafka properties that went through checked().
+    """
+
+    def __init__(self, user: Mapping[str, Any]) -> None:
+        self._config = admin_config(user)
+        self._state = ClientState("admin client", str(user["bootstrap.servers"]))
+        # Kept for as long as this lives: futures of a client that was collected end with _DESTROY.
+        self._client = new_client(AdminClient, self._config, self._state)
+        self._cluster_id = ""
+
+    def cluster_id(self, timeout_s: float = 10) -> str:
+        """See TopicAdmin. Asked once, then remembered. ConfigurationError when the brokers refuse this client."""
+        if not self._cluster_id:
+            with self._asking("Asking for the cluster's name"):
+                self._cluster_id = self._client.cluster_id(timeout_s) or ""
+        return self._cluster_id
+
+    def can_create(self, timeout_s: float = 10) -> bool:
+        """See TopicAdmin."""
+        return not self.cluster_id(timeout_s).startswith(_MOCK_PREFIX)
+
+    def describe(self, names: Sequence[str], timeout_s: float = 10) -> dict[str, TopicInfo]:
+        """See TopicAdmin. Creates nothing on any broker."""
+        end = time.monotonic() + timeout_s
+        found = {}
+        for name in names:
+            topic = self._look(name, end)
+            if topic is not None:
+                found[name] = topic
+        if not found or not self.can_create(_left(end)):
+            return {name: _info(topic, {}) for name, topic in found.items()}
+        settings = self._settings(found, end)
+        return {name: _info(topic, settings[name]) for name, topic in found.items() if name in settings}
+
+    def create(self, specs: Sequence[TopicSpec], timeout_s: float = 30) -> list[str]:
+        """See TopicAdmin. What was made can be seen by this client when it returns."""
+        end = time.monotonic() + timeout_s
+        wanted = {spec.name: spec for spec in specs}
+        if not wanted:
+            return []
+        if not self.can_create(timeout_s):
+            self._check_there(wanted, end)
+            return []
+        orders = [
+            NewTopic(spec.name, spec.partitions, spec.replication or -1, config=dict(spec.config))
+            for spec in wanted.values()
+        ]
+        with self._asking("Creating topics"):
+            answers = self._client.create_topics(orders, request_timeout=_left(end), operation_timeout=_left(end))
+        made, problems = [], []
+        for name, answer in answers.items():
+            try:
+                self._result(answer, f"Creating topic {name}", end)
+                made.append(name)
+            except Error as exc:
+                if exc.extra.get("kafka_error") != "TOPIC_ALREADY_EXISTS":
+                    problems.append(exc)
+        if problems:
+            raise problems[0]
+        self._wait_for(made, end)
+        return made
+
+    # -- for the other clients of this package -------------------------------------------------------------------------
+
+    def partitions_of(self, topic: str) -> int:
+        """How many partitions a topic has, 0 when it does not exist."""
+        found = self._look(topic, time.monotonic() + _LOOK_S)
+        return len(found.partitions) if found is not None else 0
+
+    def touch(self, topics: Iterable[str]) -> None:
+        """Ask about these so that a broker which makes topics when asked makes them, as the embedded one does."""
+        missing = [topic for topic in topics if not self.partitions_of(topic)]
+        if missing:
+            asking = new_client(AdminClient, self._config | {"allow.auto.create.topics": True}, self._state)
+            for topic in missing:
+                with self._asking(f"Making topic {topic}"):
+                    asking.list_topics(topic, timeout=_LOOK_S)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _look(self, name: str, end: float) -> TopicMetadata | None:
+        """One topic, or None when there is none of this name. Waits while it is being made."""
+        doing = f"Looking at topic {name}"
+        while True:
+            with self._asking(doing):
+                topic = self._client.list_topics(name, timeout=_left(end)).topics.get(name)
+            error = topic.error if topic is not None else None
+            if topic is None or (error is not None and error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART):
+                return None
+            if error is None and topic.partitions:
+                return topic
+            if error is not None and error.code() != KafkaError.LEADER_NOT_AVAILABLE:
+                raise translate(error, doing)
+            if time.monotonic() > end:
+                raise unanswered(doing, 0) if error is None else translate(error, doing)
+            time.sleep(_AGAIN_S)
+
+    def _settings(self, names: Iterable[str], end: float) -> dict[str, dict[str, str]]:
+        """The settings in force of those topics that still exist."""
+        resources = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names]
+        with self._asking("Reading topic settings"):
+            answers = self._client.describe_configs(resources, request_timeout=_left(end))
+        found = {}
+        for resource, answer in answers.items():
+            try:
+                entries = self._result(answer, f"Reading the settings of topic {resource.name}", end)
+            except Error as exc:
+                if exc.extra.get("kafka_error") == "UNKNOWN_TOPIC_OR_PART":
+                    continue
+                raise
+            found[resource.name] = {key: entry.value for key, entry in entries.items() if entry.value is not None}
+        return found
+
+    def _check_there(self, wanted: Mapping[str, TopicSpec], end: float) -> None:
+        missing = [name for name in wanted if self._look(name, end) is None]
+        if missing:
+            topics = " ".join(f"--topic {name}:{wanted[name].partitions}" for name in missing)
+            raise TransportError(
+                f"The embedded broker takes no orders to create {', '.join(missing)}: start it with {topics}, or use "
+                "them, and it makes them with 4 partitions each",
+                extra={"topics": missing},
+            )
+
+    def _wait_for(self, names: Sequence[str], end: float) -> None:
+        """Brokers learn of a new topic a moment after it was made."""
+        for name in names:
+            while self._look(name, end) is None:
+                if time.monotonic() > end:
+                    raise TransportError(f"Topic {name} was created but is not known to the brokers yet", retriable=True)
+                time.sleep(_AGAIN_S)
+
+    def _result(self, answer: "Future[_T]", doing: str, end: float) -> _T:
+        with self._asking(doing):
+            try:
+                return answer.result(_left(end) + _LOOK_S)  # its request has a timeout of its own, which says more
+            except FutureTimeoutError:
+                raise unanswered(doing, _left(end) + _LOOK_S) from None
+
+    @contextmanager
+    def _asking(self, doing: str) -> Iterator[None]:
+        """As kafka_errors(); where the brokers refuse this client, that is the error, not the silence."""
+        try:
+            with kafka_errors(doing):
+                yield
+        except TransportError:
+            self._client.poll(0)  # what the client noticed meanwhile
+            if (refusal := self._state.refusal) is not None:
+                raise refusal from None
+            raise
+        self._state.up()
+
+
+def _info(topic: TopicMetadata, config: Mapping[str, str]) -> TopicInfo:
+    replicas = [len(partition.replicas) for partition in topic.partitions.values()]
+    return TopicInfo(
+        name=str(topic.topic), partitions=len(replicas), replication=min(replicas, default=0), config=config
+    )
+
+
+def _left(end: float) -> float:
+    """Seconds left, at least a little: 0 would mean no limit to some calls."""
+    return max(end - time.monotonic(), 0.1)

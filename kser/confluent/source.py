@@ -1,0 +1,566 @@
+"""ConfluentSource: one member of a consumer group on confluent-kafka."""
+
+import contextvars
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_INVALID,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    TopicPartition,
+    cimpl,
+)
+
+from kser.confluent.admin import ConfluentAdmin
+from kser.confluent.config import Start, is_incremental, new_client
+from kser.confluent.errors import LOST, kafka_error, kafka_errors, translate, unanswered
+from kser.confluent.logs import ClientState, logger
+from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError
+from kser.transport import GroupMember, Partition, Position, RebalanceListener, Record
+
+__all__ = ["ConfluentMember", "ConfluentSource"]
+
+#: Seconds between two tries of a question that the coordinator cannot answer yet.
+_AGAIN_S: Final = 0.1
+#: Longest single question to the coordinator, so that the next one can go to another broker.
+_QUESTION_S: Final = 5.0
+#: First bytes of the group metadata of a member that has not joined: no generation.
+_NOT_JOINED: Final = b"CGMDv2:\xff\xff\xff\xff"
+#: By what confluent-kafka 2.16 tells which thread uses a Consumer; older ones have no such gate.
+_gate: contextvars.ContextVar[int] | None = getattr(cimpl, "_reentry_identity_var", None)
+
+
+@dataclass(frozen=True, slots=True)
+class ConfluentMember:
+    """The member of a moment, for a transaction of a ConfluentSink."""
+
+    #: What confluent-kafka passes on; opaque.
+    metadata: Any
+    joined: bool
+
+
+class ConfluentSource:
+    """A member of a consumer group. Implements kser.transport.Source, whose docstrings say what each method does.
+
+    One thread owns it, with no exception: confluent-kafka 2.16 lets a second thread wait behind a polling one.
+
+    Args:
+        config: of consumer_config(): librdkafka properties with ``group.id``.
+        start: where a partition starts that the group has committed nothing of.
+        admin: of the same brokers; counts partitions inside callbacks, where the consumer must not be asked.
+        touch: make topics that do not exist when subscribing to them, which the embedded broker needs.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        admin: ConfluentAdmin,
+        *,
+        start: Start = "earliest",
+        touch: bool = False,
+    ) -> None:
+        self.group: str = str(config["group.id"])
+        #: Records that came a second time within an assignment and were dropped (KAFKA.md finding 12).
+        self.came_again = 0
+        self._admin = admin
+        self._start = start
+        self._touch = touch
+        self._incremental = is_incremental(config)
+        self._state = ClientState(f"consumer of group {self.group}", str(config["bootstrap.servers"]))
+        # A callback may hold up its rebalance for this long; after twice that the group goes on without this member.
+        self._rebalance_s = float(config.get("max.poll.interval.ms", 300_000)) / 2000
+        self._consumer = new_client(Consumer, config, self._state)
+        self._aside = _Aside()
+        self._listener: RebalanceListener | None = None
+        #: Partitions owned, and the lowest offset that may still be given of each; negative is a librdkafka mark.
+        self._next: dict[tuple[str, int], int] = {}
+        self._lost: dict[tuple[str, int], OffsetLostError] = {}
+        self._paused: set[tuple[str, int]] = set()
+        #: Assigned during the current consume() call.
+        self._just_assigned: set[tuple[str, int]] = set()
+        #: What a callback raised or the client reported, for the next poll().
+        self._failure: BaseException | None = None
+        #: A callback of the listener is running, so poll() and close() are further up the stack.
+        self._in_callback = False
+        #: A poll ended in an exception: what the client had given out by then never reached the caller.
+        self._rewind = False
+        self._closed = False
+
+    # -- the group -----------------------------------------------------------------------------------------------------
+
+    def subscribe(self, topics: Sequence[str], listener: RebalanceListener) -> None:
+        """See Source."""
+        self._check_open()
+        if isinstance(topics, str) or not topics:
+            raise ConfigurationError(f"topics={topics!r}: give a list with at least one topic")
+        if self._touch:
+            self._admin.touch([topic for topic in topics if not topic.startswith("^")])
+        self._listener = listener
+        with kafka_errors(f"Subscribing group {self.group} to {', '.join(topics)}"):
+            self._consumer.subscribe(
+                list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+            )
+
+    def assignment(self) -> list[Partition]:
+        """See Source."""
+        return [Partition(*key) for key in self._next]
+
+    def member(self) -> GroupMember:
+        """See Source."""
+        self._check_open()
+        with kafka_errors(f"Asking for the membership of group {self.group}"):
+            metadata = self._consumer.consumer_group_metadata()
+            joined = bool(self._consumer.memberid())
+        if isinstance(metadata, bytes) and metadata.startswith(_NOT_JOINED):
+            joined = False
+        return ConfluentMember(metadata, joined)
+
+    def close(self, timeout_s: float = 10) -> None:
+        """See Source.
+
+        on_revoke is called first, while this is still a member: librdkafka calls it after leaving, where nothing can be
+        committed any more (KAFKA.md finding 13). Then the client gets ``timeout_s`` to leave, and is left behind, with
+        a warning, when it takes longer; the group learns of it by the session timeout.
+        """
+        if self._closed:
+            return
+        self._check_not_in_callback("close()")
+        owned, listener = self.assignment(), self._listener
+        self._listener = None
+        if owned and listener is not None:
+            self._guarded(listener.on_revoke, owned)
+        self._closed = True
+        self._next.clear()
+        try:
+            self._aside.call(self._consumer.close, timeout_s)
+        except TimeoutError:
+            logger.warning("The consumer of group %s took over %g s to leave and is left behind", self.group, timeout_s)
+        except (KafkaException, RuntimeError) as exc:
+            logger.warning("Closing the consumer of group %s: %s", self.group, exc)
+        self._raise_failure()
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def poll(self, timeout_s: float, max_records: int = 500) -> list[Record]:
+        """See Source. What a callback of the listener raised comes out here, as it was."""
+        self._check_open()
+        self._check_not_in_callback("poll()")
+        self._raise_failure()
+        if self._rewind:
+            self._go_back()
+        self._raise_lost()
+        end = time.monotonic() + timeout_s
+        left = max(timeout_s, 0.0)
+        while True:
+            self._rewind = True  # until everything fetched below has reached the caller
+            messages = self._fetch(left, max_records)
+            records = self._records(messages) if messages else []
+            self._rewind = False
+            if records or self._failure is not None or self._lost:
+                break
+            left = end - time.monotonic()
+            if left <= 0:
+                break
+        if records:
+            self._state.up()
+            return records  # an error met on the way is raised by the next call: none of these is lost to it
+        self._raise_failure()
+        self._raise_lost()
+        if (refusal := self._state.refusal) is not None:
+            raise refusal
+        return []
+
+    def _fetch(self, timeout_s: float, max_records: int) -> list[Message]:
+        """poll() for the wait, then consume() for what is there: consume(n, t) alone would wait all of t."""
+        consumer = self._consumer
+        with kafka_errors(f"Polling group {self.group}"):
+            first = consumer.poll(timeout_s)
+            if first is None:
+                return []
+            if max_records <= 1:
+                return [first]
+            self._just_assigned.clear()
+            messages = [first, *consumer.consume(max_records - 1, 0)]
+        return self._without_stale(messages) if self._just_assigned else messages
+
+    def _without_stale(self, messages: list[Message]) -> list[Message]:
+        """A partition that came (again) while the batch was collected: what is in the batch may be of its last time."""
+        stale = {key for m in messages if (key := (m.topic() or "", _number(m))) in self._just_assigned}
+        for topic, partition in stale:
+            self._place(topic, partition, self._next[topic, partition])
+        return [m for m in messages if (m.topic(), m.partition()) not in stale]
+
+    def _records(self, messages: list[Message]) -> list[Record]:
+        """The messages that are news, as records; takes note of errors among them."""
+        records: list[Record] = []
+        reached: dict[tuple[str, int], int] = {}
+        add = records.append
+        for m in messages:
+            if (error := m.error()) is not None:
+                self._on_message_error(m, error)
+                continue
+            topic, partition, offset = m.topic() or "", _number(m), m.offset() or 0
+            key = (topic, partition)
+            lowest = reached.get(key)
+            if lowest is None and (lowest := self._next.get(key)) is None:
+                continue  # of a partition that went while the batch was collected
+            if offset < lowest:
+                self._again(key, offset, lowest)
+                continue
+            reached[key] = offset + 1
+            add(Record(topic, partition, offset, m.key(), m.value(), m.headers() or (), m.timestamp()[1]))  # type: ignore[arg-type]
+        self._next.update(reached)
+        return records
+
+    def _again(self, key: tuple[str, int], offset: int, lowest: int) -> None:
+        self.came_again += 1
+        self._state.quiet.log(
+            logging.WARNING,
+            "%s [%s] %s",
+            "AGAIN",
+            self.group,
+            f"{key[0]}[{key[1]}] {offset} came again, below {lowest}",
+        )
+
+    def _on_message_error(self, message: Message, error: KafkaError) -> None:
+        code = error.code()
+        key = (message.topic() or "", _number(message))
+        where = f"{key[0]}[{key[1]}]" if key[0] else f"group {self.group}"
+        if code == KafkaError._PARTITION_EOF:
+            return
+        if code in LOST:
+            if key in self._next:
+                lost = translate(error, f"Reading {where} at {message.offset()}", topic=key[0], partition=key[1])
+                lost.extra["offset"] = message.offset()
+                assert isinstance(lost, OffsetLostError)
+                self._lost[key] = lost
+            return
+        failure = translate(error, f"Reading {where}")
+        if error.fatal() or isinstance(failure, ConfigurationError):
+            self._failure = self._failure or failure
+        else:
+            self._state.quiet.log(logging.WARNING, "%s [%s] %s", error.name(), where, error.str())
+
+    # -- positions -----------------------------------------------------------------------------------------------------
+
+    def pause(self, partitions: Iterable[Partition]) -> None:
+        """See Source. Partitions that are not owned are left out."""
+        self._check_open()
+        keys = {key for p in partitions if (key := (p[0], p[1])) in self._next}
+        if keys:
+            self._paused |= keys
+            with kafka_errors(f"Pausing partitions of group {self.group}"):
+                self._consumer.pause([TopicPartition(*key) for key in keys])
+
+    def resume(self, partitions: Iterable[Partition]) -> None:
+        """See Source. Partitions that are not owned are left out."""
+        self._check_open()
+        keys = {key for p in partitions if (key := (p[0], p[1])) in self._next}
+        if keys:
+            self._paused -= keys
+            with kafka_errors(f"Resuming partitions of group {self.group}"):
+                self._consumer.resume([TopicPartition(*key) for key in keys])
+
+    def seek(self, position: Position) -> None:
+        """See Source. Raises GroupError when the partition is not owned."""
+        self._check_open()
+        key = (position.topic, position.partition)
+        if key not in self._next:
+            raise self._not_owned([position], "Seeking")
+        target = position.offset if position.offset >= 0 else OFFSET_BEGINNING
+        self._place(*key, target)
+        self._next[key] = target
+        self._lost.pop(key, None)
+
+    def committed(self, partitions: Sequence[Partition], timeout_s: float = 10) -> list[Position]:
+        """See Source. Raises GroupError when the group has put this member out."""
+        self._check_open()
+        doing = f"Reading the committed offsets of group {self.group}"
+        asked = [TopicPartition(p[0], p[1]) for p in partitions]
+        end = time.monotonic() + timeout_s
+        problem: Error = unanswered(doing, timeout_s)
+        while asked:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise problem
+            try:
+                found = self._consumer.committed(asked, timeout=min(left, _QUESTION_S))
+            except (KafkaException, RuntimeError) as exc:
+                error = kafka_error(exc)
+                if error is None:
+                    raise TransportError(f"{doing} failed: {exc}") from exc
+            else:
+                # An offset that came with an error is no offset: a transaction may still be about to move it.
+                error = next((t.error for t in found if t.error is not None), None)
+                if error is None:
+                    self._state.up()
+                    return [Position(t.topic, t.partition, max(t.offset, -1), t.metadata or "") for t in found]
+            problem = translate(error, doing)
+            if isinstance(problem, ConfigurationError) or _is_out(problem):
+                raise problem
+            time.sleep(min(_AGAIN_S, max(end - time.monotonic(), 0)))
+        return []
+
+    def commit(self, positions: Sequence[Position], timeout_s: float = 10) -> None:
+        """See Source. May be called by a listener inside its callbacks.
+
+        The client's own commit waits for the coordinator as long as it takes, so it runs in a thread beside and is
+        left to itself after ``timeout_s``. It may still be stored later; another commit waits for it first.
+        """
+        self._check_open()
+        gone = [p for p in positions if (p.topic, p.partition) not in self._next]
+        owned = [p for p in positions if (p.topic, p.partition) in self._next and p.offset >= 0]
+        if owned:
+            offsets = [TopicPartition(p.topic, p.partition, p.offset, p.metadata) for p in owned]
+            self._commit(offsets, timeout_s)
+        if gone:
+            # The broker itself checks the member, not what it owns.
+            raise self._not_owned(gone, "Committing")
+
+    def _commit(self, offsets: list[TopicPartition], timeout_s: float) -> None:
+        doing = f"Committing offsets of group {self.group}"
+        try:
+            with kafka_errors(doing):
+                stored = self._aside.call(lambda: self._consumer.commit(offsets=offsets, asynchronous=False), timeout_s)
+        except TimeoutError:
+            raise unanswered(doing, timeout_s) from None
+        self._state.up()
+        failures = [(t, translate(t.error, doing)) for t in stored if t.error is not None]
+        if failures:
+            # One that is out of the group is the news; the others are not stored either.
+            failures.sort(key=lambda failure: not isinstance(failure[1], GroupError))
+            failures[0][1].extra["partitions"] = [(t.topic, t.partition) for t, _ in failures]
+            raise failures[0][1]
+
+    def watermarks(self, partition: Partition, timeout_s: float = 10) -> tuple[int, int]:
+        """See Source. While a transaction is open in the partition, the second is the offset of its first record."""
+        self._check_open()
+        doing = f"Reading the watermarks of {partition[0]}[{partition[1]}]"
+        with kafka_errors(doing):
+            found = self._consumer.get_watermark_offsets(TopicPartition(partition[0], partition[1]), timeout=timeout_s)
+        if found is None:
+            raise unanswered(doing, timeout_s)
+        self._state.up()
+        return found
+
+    def _place(self, topic: str, partition: int, offset: int) -> None:
+        """Go on reading a partition at ``offset``."""
+        target = TopicPartition(topic, partition, offset)
+        with kafka_errors(f"Seeking {topic}[{partition}] to {offset}"):
+            try:
+                self._consumer.seek(target)
+                return
+            except KafkaException as exc:
+                error = kafka_error(exc)
+                if error is None or error.code() != KafkaError._STATE:
+                    raise
+            # A partition whose position was lost is not fetched any more and cannot be sought: take it up anew.
+            if self._incremental:
+                self._consumer.incremental_unassign([target])
+                self._consumer.incremental_assign([target])
+            else:
+                self._consumer.assign(
+                    [target, *(TopicPartition(*k, offset=o) for k, o in self._next.items() if k != (topic, partition))]
+                )
+            if self._paused:
+                self._consumer.pause([TopicPartition(*key) for key in self._paused])
+
+    def _go_back(self) -> None:
+        """After a poll that ended in an exception (a signal handler's): give again what the caller never got."""
+        for (topic, partition), offset in self._next.items():
+            self._place(topic, partition, offset)
+        self._rewind = False
+
+    # -- rebalances: librdkafka calls these inside poll() and consume(), and nothing may be raised out of them ----------
+
+    def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._guarded(self._take_over, [(t.topic, t.partition) for t in partitions])
+
+    def _take_over(self, keys: list[tuple[str, int]]) -> None:
+        if self._listener is None or not keys:
+            return  # closing, or a round that changed nothing; confluent-kafka completes it
+        self._state.up()
+        self._just_assigned.update(keys)
+        self._next.update(dict.fromkeys(keys, OFFSET_BEGINNING))  # owned from here on: the listener may commit
+        partitions = [Partition(*key) for key in keys]
+        listener, told = self._listener, False
+        try:
+            given = listener.on_assign(partitions) or ()
+            told = True
+            starts = {(p.topic, p.partition): p.offset for p in given if p.offset >= 0}
+            starts |= self._starts([key for key in keys if key not in starts])
+            self._assign(keys, starts)
+        except BaseException as exc:
+            for key in keys:  # nothing is given of them until they come again
+                self._next.pop(key, None)
+            if told:
+                listener.on_lost(partitions)
+            if not _is_out(exc):
+                raise
+            logger.info("Group %s went on without this member: %s", self.group, exc)
+
+    def _assign(self, keys: list[tuple[str, int]], starts: Mapping[tuple[str, int], int]) -> None:
+        for key in keys:
+            self._next[key] = starts[key] if starts[key] != OFFSET_INVALID else OFFSET_BEGINNING
+            self._lost.pop(key, None)
+            self._paused.discard(key)
+        targets = [TopicPartition(*key, offset=starts[key]) for key in keys]
+        with kafka_errors(f"Taking over partitions of group {self.group}"):
+            if self._incremental:
+                self._consumer.incremental_assign(targets)
+            else:
+                self._consumer.assign(targets)
+            # librdkafka keeps a pause over revocation and a new assignment.
+            self._consumer.resume([TopicPartition(*key) for key in keys])
+
+    def _starts(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """Where to start partitions for which the listener gave no position: the committed offset, or the start."""
+        found = self.committed([Partition(*key) for key in keys], self._rebalance_s) if keys else []
+        starts = {(p.topic, p.partition): p.offset for p in found if p.offset >= 0}
+        rest = [key for key in keys if key not in starts]
+        if not rest:
+            return starts
+        if self._start == "latest":
+            return starts | self._latest(rest)
+        mark = OFFSET_BEGINNING if self._start == "earliest" else OFFSET_INVALID
+        return starts | dict.fromkeys(rest, mark)
+
+    def _latest(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
+        """The ends of these partitions, committed at once: what comes after is not skipped by a restart.
+
+        A partition that was added to a topic the group knows is read from its beginning: what is in it came after the
+        group did.
+        """
+        starts: dict[tuple[str, int], int] = {}
+        for topic in {key[0] for key in keys}:
+            known = self._group_knows(topic)
+            for key in (k for k in keys if k[0] == topic):
+                starts[key] = OFFSET_BEGINNING if known else self.watermarks(Partition(*key), _QUESTION_S)[1]
+        ends = [Position(*key, offset) for key, offset in starts.items() if offset >= 0]
+        if ends:
+            self.commit(ends, self._rebalance_s)
+        return starts
+
+    def _group_knows(self, topic: str) -> bool:
+        """Whether the group has committed an offset in any partition of the topic."""
+        partitions = [Partition(topic, n) for n in range(self._admin.partitions_of(topic))]
+        return any(p.offset >= 0 for p in self.committed(partitions, self._rebalance_s))
+
+    def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._release(partitions, lambda listener: listener.on_revoke)
+
+    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._release(partitions, lambda listener: listener.on_lost)
+
+    def _release(
+        self,
+        partitions: list[TopicPartition],
+        told: Callable[[RebalanceListener], Callable[[Sequence[Partition]], None]],
+    ) -> None:
+        """Tell the listener, then forget. confluent-kafka completes the rebalance after the callback."""
+        gone = [Partition(t.topic, t.partition) for t in partitions if (t.topic, t.partition) in self._next]
+        if gone and self._listener is not None:
+            self._guarded(told(self._listener), gone)
+        for partition in partitions:
+            key = (partition.topic, partition.partition)
+            self._next.pop(key, None)
+            self._lost.pop(key, None)
+            self._paused.discard(key)
+            self._just_assigned.discard(key)
+
+    def _guarded(self, callback: Callable[[Any], object], argument: object) -> None:
+        """Call the listener's code; what it raises waits for poll(): out of librdkafka it would come garbled."""
+        self._in_callback = True
+        try:
+            callback(argument)
+        except BaseException as exc:  # noqa: BLE001 - KeyboardInterrupt too; raised again by poll() or close()
+            if self._failure is None:
+                self._failure = exc
+            else:
+                logger.error("A callback of group %s raised once more: %s", self.group, exc)
+        finally:
+            self._in_callback = False
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _raise_lost(self) -> None:
+        for error in self._lost.values():
+            raise error
+
+    def _check_not_in_callback(self, name: str) -> None:
+        if self._in_callback:
+            raise TransportError(f"{name} of group {self.group} was called inside a callback of its own rebalance")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError(f"The source of group {self.group} is closed: make a new one")
+
+    def _not_owned(self, positions: Sequence[Position], doing: str) -> GroupError:
+        names = ", ".join(f"{p.topic}[{p.partition}]" for p in positions)
+        return GroupError(
+            f"{doing} {names}: not owned by this member of group {self.group} any more",
+            extra={"partitions": [(p.topic, p.partition) for p in positions]},
+        )
+
+
+class _Aside:
+    """Runs a call in a thread of its own for an owner who waits only so long for it. Used by one thread."""
+
+    def __init__(self) -> None:
+        #: The last call, when it took longer than it was waited for.
+        self._overdue: threading.Thread | None = None
+
+    def call(self, function: Callable[[], Any], timeout_s: float) -> Any:
+        """What ``function`` gives or raises. TimeoutError when it takes longer, or one before it still does."""
+        end = time.monotonic() + timeout_s
+        if self._overdue is not None and not _ended(self._overdue, timeout_s):
+            raise TimeoutError
+        outcome: list[tuple[Any, BaseException | None]] = []
+        owner = threading.get_ident()
+
+        def run() -> None:
+            if _gate is not None:
+                _gate.set(owner)  # the owner waits for this call, so that it counts as the owner's own
+            try:
+                outcome.append((function(), None))
+            except BaseException as exc:  # noqa: BLE001 - raised in the owner's thread
+                outcome.append((None, exc))
+
+        thread = threading.Thread(target=run, name="kser-kafka-call", daemon=True)
+        thread.start()
+        self._overdue = thread
+        if not _ended(thread, end - time.monotonic()):
+            raise TimeoutError
+        self._overdue = None
+        value, exc = outcome[0]
+        if exc is not None:
+            raise exc
+        return value
+
+
+def _ended(thread: threading.Thread, timeout_s: float) -> bool:
+    thread.join(max(timeout_s, 0))
+    return not thread.is_alive()
+
+
+def _number(message: Message) -> int:
+    partition = message.partition()
+    return -1 if partition is None else partition
+
+
+def _is_out(exc: BaseException) -> bool:
+    """Whether the group has put this member out, so that only another poll() helps. A stale epoch is not that."""
+    return isinstance(exc, GroupError) and exc.extra.get("kafka_error") != "STALE_MEMBER_EPOCH"

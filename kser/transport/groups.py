@@ -1,0 +1,235 @@
+"""Consumer groups of the memory transport: who is a member, who gets which partition, what was committed."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from kser.errors import ConfigurationError, GroupError, ValidationError
+from kser.transport import Partition, Position
+
+__all__ = ["Group", "Member", "Membership", "Subscription", "assign", "check_position"]
+
+logger = logging.getLogger(__name__)
+
+#: offset.metadata.max.bytes of a Kafka broker.
+_METADATA_BYTES = 4096
+
+
+class Subscription:
+    """Topics by name; a name that begins with ``^`` is a regular expression, as for librdkafka."""
+
+    def __init__(self, topics: Iterable[str]) -> None:
+        self.topics = tuple(topics)
+        self._names = {topic for topic in self.topics if not topic.startswith("^")}
+        try:
+            self._patterns = [re.compile(topic) for topic in self.topics if topic.startswith("^")]
+        except re.error as exc:
+            raise ConfigurationError(f"A topic that begins with ^ has to be a regular expression: {exc}") from None
+
+    def matches(self, topic: str) -> bool:
+        """True when this topic is one of them."""
+        return topic in self._names or any(pattern.match(topic) for pattern in self._patterns)
+
+
+class Member:
+    """One member of a group, from joining until it left or was put out; who comes back is a new member."""
+
+    __slots__ = ("alive", "generation", "name", "owned", "polling", "seen", "subscription", "target")
+
+    def __init__(self, name: str, subscription: Subscription, now: float) -> None:
+        self.name = name
+        self.subscription = subscription
+        #: False once it left, or was put out because it did not poll.
+        self.alive = True
+        #: The generation of the group that it knows of; 0 before its first poll.
+        self.generation = 0
+        #: What it has, from on_assign until on_revoke returned.
+        self.owned: set[Partition] = set()
+        #: What it should have.
+        self.target: set[Partition] = set()
+        #: True while it is inside poll() or close(): then it cannot be put out.
+        self.polling = False
+        #: When it polled last, in the clock's seconds.
+        self.seen = now
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """A member as of one moment: what Source.member() gives."""
+
+    group: str
+    member: Member | None
+    generation: int
+
+    @property
+    def joined(self) -> bool:
+        """False before the first poll() of a subscribed source, and after close()."""
+        return self.member is not None and self.generation > 0
+
+
+def assign(eligible: Mapping[str, Set[Partition]], previous: Mapping[str, Set[Partition]]) -> dict[str, set[Partition]]:
+    """Who gets what: every partition once, loads as even as the subscriptions allow, as little moved as that takes.
+
+    Args:
+        eligible: for each member the partitions of the topics it subscribed to.
+        previous: the assignment so far; disjoint, members that are gone may be in it.
+    """
+    result = {name: set(previous.get(name, ())) & wanted for name, wanted in eligible.items()}
+    taken = set().union(*result.values())
+    for partition in sorted(set().union(*eligible.values()) - taken):
+        takers = [name for name, wanted in eligible.items() if partition in wanted]
+        result[min(takers, key=lambda name: len(result[name]))].add(partition)
+    while move := _move(result, eligible):
+        donor, partition, taker = move
+        result[donor].remove(partition)
+        result[taker].add(partition)
+    return result
+
+
+def _move(
+    loads: Mapping[str, Set[Partition]], eligible: Mapping[str, Set[Partition]]
+) -> tuple[str, Partition, str] | None:
+    """One partition that evens the loads when it moves: (from, what, to); None when nothing does."""
+    by_load = sorted(loads, key=lambda name: len(loads[name]))
+    for donor in reversed(by_load):
+        for partition in sorted(loads[donor], reverse=True):
+            for taker in by_load:
+                if len(loads[taker]) + 1 >= len(loads[donor]):
+                    break
+                if partition in eligible[taker]:
+                    return donor, partition, taker
+    return None
+
+
+def check_position(position: Position) -> None:
+    """Raises ValidationError for what no broker stores as a committed offset."""
+    where = f"{position.topic}/{position.partition}"
+    if position.offset < 0:
+        raise ValidationError(f"Offset {position.offset} of {where} cannot be stored: give 0 or more")
+    size = len(position.metadata.encode())
+    if size > _METADATA_BYTES:
+        raise ValidationError(
+            f"The metadata of {where} has {size} bytes, a broker stores at most {_METADATA_BYTES}: shorten it",
+            extra={"size": size, "limit": _METADATA_BYTES},
+        )
+
+
+class Group:
+    """One consumer group.
+
+    Partitions move as with cooperative rebalancing: a change of the members or of the topics makes a new generation
+    and a new target; a member lets go of what it should not have at its next poll, and only then another one gets it.
+
+    Thread rule: every method is called with the lock of the cluster held.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.generation = 0
+        #: In the order they joined.
+        self.members: dict[str, Member] = {}
+        self._joined = 0
+        self._offsets: dict[Partition, tuple[int, Position]] = {}
+        self._pending: dict[Partition, int] = {}
+
+    # -- members -----------------------------------------------------------------------------------------------------
+
+    def join(self, subscription: Subscription, topics: Mapping[str, int], now: float) -> Member:
+        """A new member. ``topics``: what there is, with partition counts."""
+        self._joined += 1
+        member = Member(f"{self.name}-{self._joined}", subscription, now)
+        self.members[member.name] = member
+        self.rebalance(topics)
+        return member
+
+    def leave(self, member: Member, topics: Mapping[str, int]) -> None:
+        """The member is gone, and what it had is free at once. A second call does nothing."""
+        if member.alive:
+            member.alive = False
+            del self.members[member.name]
+            self.rebalance(topics)
+
+    def rebalance(self, topics: Mapping[str, int]) -> None:
+        """A new generation, with a target for each member."""
+        self.generation += 1
+        eligible = {
+            member.name: {
+                Partition(topic, number)
+                for topic, count in topics.items()
+                if member.subscription.matches(topic)
+                for number in range(count)
+            }
+            for member in self.members.values()
+        }
+        targets = assign(eligible, {member.name: member.target for member in self.members.values()})
+        for member in self.members.values():
+            member.target = targets[member.name]
+        logger.debug("Group %s is in generation %s with %s members", self.name, self.generation, len(self.members))
+
+    def listens_to(self, topic: str) -> bool:
+        """True when a member subscribed to this topic."""
+        return any(member.subscription.matches(topic) for member in self.members.values())
+
+    def free_for(self, member: Member) -> list[Partition]:
+        """What the member should have, does not have, and nobody else has any more."""
+        others = (other.owned for other in self.members.values() if other is not member)
+        return sorted((member.target - member.owned).difference(*others))
+
+    def put_out_overdue(self, now: float, timeout_s: float, topics: Mapping[str, int]) -> bool:
+        """Put out who has not polled for so long; True when there was one."""
+        overdue = [m for m in self.members.values() if not m.polling and now >= m.seen + timeout_s]
+        for member in overdue:
+            logger.info("Member %s did not poll for %s s and is put out", member.name, timeout_s)
+            self.leave(member, topics)
+        return bool(overdue)
+
+    # -- offsets -----------------------------------------------------------------------------------------------------
+
+    def check_membership(self, membership: Membership) -> None:
+        """Raises GroupError unless it is that of a member of this group, in the generation the member is in now."""
+        member = membership.member
+        if member is None or not membership.joined:
+            raise GroupError(f"Nothing can be committed for group {self.name} before it was joined: poll first")
+        if not member.alive:
+            raise GroupError(f"Member {member.name} of group {self.name} left it or was put out: it owns nothing")
+        if membership.generation != member.generation:
+            raise GroupError(
+                f"Member {member.name} of group {self.name} is in generation {member.generation}, not "
+                f"{membership.generation} any more: take a fresh member()"
+            )
+
+    def store(self, position: Position, sequence: int) -> None:
+        """Commit one position. Of two for one partition the one with the higher sequence stays."""
+        known = self._offsets.get(position.of)
+        if known is None or known[0] < sequence:
+            self._offsets[position.of] = (sequence, position)
+
+    def committed(self, partition: Partition) -> Position:
+        """What was committed; offset -1 when nothing was."""
+        known = self._offsets.get(partition)
+        return known[1] if known is not None else Position(partition.topic, partition.partition, -1)
+
+    def positions(self) -> list[Position]:
+        """Everything that was committed, by partition."""
+        return [position for _, (_, position) in sorted(self._offsets.items())]
+
+    def hold(self, partition: Partition) -> None:
+        """An open transaction is about to commit this partition."""
+        self._pending[partition] = self._pending.get(partition, 0) + 1
+
+    def release(self, partition: Partition) -> None:
+        """That transaction has ended."""
+        self._pending[partition] -= 1
+        if not self._pending[partition]:
+            del self._pending[partition]
+
+    def held(self, partitions: Iterable[Partition]) -> bool:
+        """True when an open transaction may still move the position of one of these."""
+        return any(partition in self._pending for partition in partitions)
+
+    def owned_elsewhere(self, member: Member | None, positions: Sequence[Position]) -> list[Position]:
+        """Those of ``positions`` that the member does not own."""
+        if member is None or not member.alive:
+            return list(positions)
+        return [position for position in positions if position.of not in member.owned]

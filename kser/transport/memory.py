@@ -1,0 +1,704 @@
+"""A broker in this process, with the semantics of Kafka: MemoryTransport.
+
+Partitions and offsets, consumer groups that rebalance cooperatively, commit metadata, transactions with fencing and a
+last stable offset, markers that leave gaps in the offsets. It is for tests, for `kser.dummy` and for scripts that need
+no broker. What it holds is gone with the process, and nothing of it is deleted unless `delete_before()` is called.
+
+It has no threads of its own: a member that does not poll, or a transaction that takes too long, is dealt with when
+somebody else calls. Waiting wakes at once when something comes.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+from kser.errors import (
+    ConfigurationError,
+    Error,
+    FencedError,
+    GroupError,
+    MessageTooLargeError,
+    OffsetLostError,
+    TransportError,
+)
+from kser.transport import (
+    DeliveryCallback,
+    GroupMember,
+    OutRecord,
+    Partition,
+    Position,
+    RebalanceListener,
+    Record,
+    TopicInfo,
+    TopicSpec,
+)
+from kser.transport.clock import Clock, RealClock
+from kser.transport.cluster import Cluster, Operation, Transaction, TransactionalId
+from kser.transport.groups import Group, Member, Membership, Subscription, check_position
+
+__all__ = ["MemoryAdmin", "MemoryReader", "MemorySink", "MemorySource", "MemoryTransport"]
+
+logger = logging.getLogger(__name__)
+
+
+class MemoryTransport:
+    """One in-process cluster and what talks to it. May be shared by threads.
+
+    Args:
+        clock: what timeouts and timestamps are measured on; default the real one, `kser.testing.FakeClock` for tests.
+        default_partitions: partitions of a topic that is made by writing to it.
+        session_timeout_s: a member of a group that does not poll for so long is put out.
+        transaction_timeout_s: a transaction that is open for so long is aborted, and its producer fenced.
+        auto_create: make a topic when something is first written to it; False: such a record is refused.
+        max_record_bytes: a record with more bytes in key, value and headers is refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        default_partitions: int = 4,
+        session_timeout_s: float = 6,
+        transaction_timeout_s: float = 10,
+        auto_create: bool = True,
+        max_record_bytes: int = 1_048_576,
+    ) -> None:
+        if default_partitions < 1 or session_timeout_s <= 0 or transaction_timeout_s <= 0 or max_record_bytes < 1:
+            raise ConfigurationError(
+                f"default_partitions={default_partitions}, session_timeout_s={session_timeout_s}, "
+                f"transaction_timeout_s={transaction_timeout_s}, max_record_bytes={max_record_bytes}: "
+                "all of them must be more than 0"
+            )
+        self._max_record_bytes = max_record_bytes
+        self._cluster = Cluster(
+            clock or RealClock(),
+            default_partitions=default_partitions,
+            session_timeout_s=session_timeout_s,
+            transaction_timeout_s=transaction_timeout_s,
+            auto_create=auto_create,
+        )
+
+    # -- Transport ---------------------------------------------------------------------------------------------------
+
+    def source(self, group: str) -> "MemorySource":
+        """A new member of this consumer group; it joins with subscribe()."""
+        if not group:
+            raise ConfigurationError("group is empty: name the consumer group")
+        return MemorySource(self._cluster, group)
+
+    def sink(self, transactional_id: str | None = None) -> "MemorySink":
+        """A new writer."""
+        return MemorySink(self._cluster, transactional_id, self._max_record_bytes)
+
+    def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> "MemoryReader":
+        """A new reader of these topics. "end": only what is written after this call returned."""
+        return MemoryReader(self._cluster, topics, start)
+
+    def admin(self) -> "MemoryAdmin":
+        """The topics of this broker."""
+        return MemoryAdmin(self._cluster)
+
+    # -- for tests ---------------------------------------------------------------------------------------------------
+
+    def records(self, topic: str) -> list[Record]:
+        """What a Source could read of this topic: by partition, each in the order of offsets. No topic: nothing."""
+        with self._cluster.changed:
+            self._cluster.tick()
+            logs = self._cluster.topics.get(topic, [])
+            return [record for log in logs for record in log.read(log.start, log.end)[0]]
+
+    def positions(self, group: str) -> list[Position]:
+        """What the group has committed, by topic and partition."""
+        with self._cluster.changed:
+            self._cluster.tick()
+            return self._cluster.group(group).positions()
+
+    def add_partitions(self, topic: str, partitions: int) -> None:
+        """Give the topic this many partitions; it is made when it is new. Raises TransportError when it has more."""
+        with self._cluster.changed:
+            self._cluster.grow(topic, partitions)
+
+    def delete_before(self, partition: Partition, offset: int) -> None:
+        """Drop the records before ``offset``, as retention does: who stands before it gets OffsetLostError."""
+        with self._cluster.changed:
+            self._cluster.log(partition).delete_before(offset)
+
+    def fail_next(self, operation: Operation, error: Error, *, applied: bool = False, times: int = 1) -> None:
+        """Let the next ``times`` calls of this operation, by anyone, end with ``error``.
+
+        Args:
+            operation: the method of that name; ``end_txn`` is Sink.commit(), ``delivery`` what a delivery callback
+                gets: its record is not written.
+            error: raised, or given to the callback.
+            applied: False: nothing is done. True: all is done and only the answer is lost. With ``poll`` and
+                ``committed`` there is nothing that could have been done.
+            times: how often. Later calls of fail_next() queue behind it.
+        """
+        with self._cluster.changed:
+            self._cluster.fail_next(operation, error, applied=applied, times=times)
+
+
+class _Assigned:
+    """What one source has: where it stands in each partition. Belongs to the source's thread, under the lock."""
+
+    def __init__(self) -> None:
+        #: The next offset to read; None until the committed one is known.
+        self.positions: dict[Partition, int | None] = {}
+        self.paused: set[Partition] = set()
+        self._turn = 0
+
+    def add(self, partitions: Iterable[Partition]) -> None:
+        for partition in partitions:
+            self.positions[partition] = None
+            self.paused.discard(partition)
+
+    def remove(self, partitions: Iterable[Partition]) -> None:
+        for partition in partitions:
+            self.positions.pop(partition, None)
+            self.paused.discard(partition)
+
+    def fetch(self, cluster: Cluster, group: Group, limit: int) -> list[Record]:
+        """At most ``limit`` records, the partitions taking turns in being first. Raises OffsetLostError."""
+        ready = [p for p in sorted(self.positions) if p not in self.paused and self._locate(p, cluster, group)]
+        self._turn += 1
+        found: list[Record] = []
+        for at in range(len(ready)):
+            partition = ready[(at + self._turn) % len(ready)]
+            position = self.positions[partition]
+            if len(found) < limit and position is not None:
+                more, self.positions[partition] = cluster.log(partition).read(position, limit - len(found))
+                found += more
+        return found
+
+    def _locate(self, partition: Partition, cluster: Cluster, group: Group) -> bool:
+        """Settle where to read; False while an open transaction may still move it."""
+        log, position = cluster.log(partition), self.positions[partition]
+        if position is None:
+            if group.held([partition]):
+                return False
+            committed = group.committed(partition).offset
+            position = self.positions[partition] = committed if committed >= 0 else log.start
+        if not log.start <= position <= log.end:
+            raise OffsetLostError(
+                f"Offset {position} of {partition.topic}/{partition.partition} does not exist any more, it has "
+                f"{log.start} to {log.end}: choose where to go on, and seek() there",
+                extra={"topic": partition.topic, "partition": partition.partition, "offset": position},
+            )
+        return True
+
+
+class MemorySource:
+    """One member of a consumer group in memory: see `kser.transport.Source`. One thread owns it."""
+
+    def __init__(self, cluster: Cluster, group: str) -> None:
+        self._cluster = cluster
+        with cluster.changed:
+            self._group = cluster.group(group)
+        self._subscription: Subscription | None = None
+        self._listener: RebalanceListener | None = None
+        self._member: Member | None = None
+        self._assigned = _Assigned()
+        self._closed = False
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def subscribe(self, topics: Sequence[str], listener: RebalanceListener) -> None:
+        """Join the group for these topics. Returns at once; partitions come during poll()."""
+        with self._locked():
+            self._subscription = Subscription(topics)
+            self._listener = listener
+            if self._member is not None and self._member.alive:
+                self._member.subscription = self._subscription
+                self._group.rebalance(self._cluster.partition_counts())
+            else:
+                self._join()
+            self._cluster.changed.notify_all()
+
+    def poll(self, timeout_s: float, max_records: int = 500) -> list[Record]:
+        """What has come; see `kser.transport.Source.poll`. A call of its own from inside a listener is refused."""
+        cluster = self._cluster
+        deadline = cluster.clock.monotonic() + timeout_s
+        with self._present():
+            with cluster.changed, cluster.failing("poll"):
+                pass
+            while True:
+                with cluster.changed:
+                    cluster.tick()
+                    change = self._next_change()
+                    if change is None:
+                        records = self._assigned.fetch(cluster, self._group, max_records)
+                        if records or cluster.clock.monotonic() >= deadline:
+                            return records
+                        cluster.wait(deadline)
+                if change is not None:
+                    self._tell(*change)
+
+    def assignment(self) -> list[Partition]:
+        """The partitions this member owns now."""
+        return sorted(self._assigned.positions)
+
+    def pause(self, partitions: Iterable[Partition]) -> None:
+        """Give nothing of these until resume(); what this member does not own is passed over."""
+        self._assigned.paused |= set(partitions) & self._assigned.positions.keys()
+
+    def resume(self, partitions: Iterable[Partition]) -> None:
+        """Give records of these again, from where they were paused."""
+        self._assigned.paused.difference_update(partitions)
+
+    def seek(self, position: Position) -> None:
+        """Read this partition from ``position.offset`` on. Raises GroupError when this member does not own it."""
+        if position.of not in self._assigned.positions:
+            raise GroupError(f"Cannot seek in {position.topic}/{position.partition}: this member does not own it")
+        self._assigned.positions[position.of] = max(position.offset, 0)
+
+    # -- offsets -----------------------------------------------------------------------------------------------------
+
+    def committed(self, partitions: Sequence[Partition], timeout_s: float = 10) -> list[Position]:
+        """What the group has committed, offset -1 where there is nothing; waits for transactions under way."""
+        cluster = self._cluster
+        deadline = cluster.clock.monotonic() + timeout_s
+        with self._locked(), cluster.failing("committed"):
+            while self._group.held(partitions):
+                if cluster.clock.monotonic() >= deadline:
+                    raise TransportError(
+                        f"What group {self._group.name} has committed is not known after {timeout_s} s: a transaction "
+                        "that moves it is still open",
+                        retriable=True,
+                    )
+                cluster.wait(deadline)
+                cluster.tick()
+            return [self._group.committed(partition) for partition in partitions]
+
+    def commit(self, positions: Sequence[Position], timeout_s: float = 10) -> None:  # noqa: ARG002 - never waits
+        """Store these positions for the group. With GroupError those of partitions still owned are stored."""
+        for position in positions:
+            check_position(position)
+        with self._locked(), self._cluster.failing("commit"):
+            self._cluster.tick()
+            refused = self._group.owned_elsewhere(self._member, positions)
+            for position in positions:
+                if position not in refused:
+                    self._group.store(position, self._cluster.next_sequence())
+        if refused:
+            names = ", ".join(f"{position.topic}/{position.partition}" for position in refused)
+            raise GroupError(f"Not committed, this member of group {self._group.name} does not own it: {names}")
+
+    def watermarks(self, partition: Partition, timeout_s: float = 10) -> tuple[int, int]:  # noqa: ARG002 - never waits
+        """The first offset there is, and the one the next record will get.
+
+        While a transaction is open in the partition, the second is the offset of its first record, as on Kafka.
+        """
+        with self._locked(), self._cluster.failing("watermarks"):
+            self._cluster.tick()
+            log = self._cluster.log(partition)
+            return log.start, log.stable
+
+    def member(self) -> GroupMember:
+        """This member as of now."""
+        with self._cluster.changed:
+            generation = self._member.generation if self._member is not None else 0
+            return Membership(self._group.name, self._member, generation)
+
+    # -- leaving -----------------------------------------------------------------------------------------------------
+
+    def close(self, timeout_s: float = 10) -> None:  # noqa: ARG002 - never waits
+        """Leave the group. Calls on_revoke for what is still owned, on_lost when this member was put out."""
+        if self._closed:
+            return
+        with self._present():
+            try:
+                with self._cluster.changed:
+                    owned = self.assignment()
+                    alive = self._member is not None and self._member.alive
+                if owned:
+                    self._tell("revoke" if alive else "lost", owned)
+            finally:
+                self._leave()
+
+    def _leave(self) -> None:
+        with self._cluster.changed:
+            self._closed = True
+            self._assigned = _Assigned()
+            if self._member is not None:
+                self._group.leave(self._member, self._cluster.partition_counts())
+                self._member = None
+            self._cluster.changed.notify_all()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._cluster.changed:
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError(f"This source of group {self._group.name} is closed: make a new one")
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        """Count as polling, so that a listener that takes its time is not put out meanwhile."""
+        with self._locked():
+            if self._member is not None:
+                if self._member.polling:
+                    raise TransportError("poll() and close() cannot be called from inside a rebalance listener")
+                self._cluster.tick()  # first: a member that is overdue stays so
+                self._member.polling = True
+        try:
+            yield
+        finally:
+            with self._cluster.changed:
+                if self._member is not None:
+                    self._member.polling = False
+                    self._member.seen = self._cluster.clock.monotonic()
+
+    def _join(self) -> None:
+        assert self._subscription is not None
+        cluster = self._cluster
+        self._member = self._group.join(self._subscription, cluster.partition_counts(), cluster.clock.monotonic())
+
+    def _next_change(self) -> tuple[Literal["lost", "revoke", "assign"], list[Partition]] | None:
+        """What the listener has to be told next; None when the member is up to date with its group."""
+        member = self._member
+        if member is None:
+            return None
+        if not member.alive:
+            lost = self.assignment()
+            self._assigned.remove(lost)
+            self._join()
+            assert self._member is not None
+            self._member.polling = True
+            return ("lost", lost) if lost else self._next_change()
+        if leaving := sorted(member.owned - member.target):
+            return "revoke", leaving
+        member.generation = self._group.generation
+        if coming := self._group.free_for(member):
+            member.owned.update(coming)
+            self._assigned.add(coming)
+            return "assign", coming
+        return None
+
+    def _tell(self, change: Literal["lost", "revoke", "assign"], partitions: list[Partition]) -> None:
+        """Call the listener, without the lock: it may wait for other threads that need it."""
+        assert self._listener is not None
+        if change == "lost":
+            self._listener.on_lost(partitions)
+        elif change == "assign":
+            try:
+                starts = self._listener.on_assign(partitions) or ()
+            except BaseException:
+                self._release(partitions)  # it is told again at the next poll; until then nothing of them is given
+                raise
+            for start in starts:
+                if start.offset >= 0 and start.of in self._assigned.positions:
+                    self._assigned.positions[start.of] = start.offset
+        else:
+            try:
+                self._listener.on_revoke(partitions)
+            finally:
+                self._release(partitions)
+
+    def _release(self, partitions: list[Partition]) -> None:
+        with self._cluster.changed:
+            assert self._member is not None
+            self._member.owned.difference_update(partitions)
+            self._assigned.remove(partitions)
+            self._cluster.changed.notify_all()
+
+
+class MemorySink:
+    """A writer in memory: see `kser.transport.Sink`. May be shared by threads."""
+
+    def __init__(self, cluster: Cluster, transactional_id: str | None, max_record_bytes: int) -> None:
+        self._cluster = cluster
+        self._id = transactional_id
+        self._max_record_bytes = max_record_bytes
+        self._epoch: int | None = None
+        #: "unanswered": committed, but its answer was lost; the same commit() again is answered with success.
+        self._phase: Literal["ready", "open", "unanswered"] = "ready"
+        #: Why the open transaction can only be aborted.
+        self._failure: Error | None = None
+        self._reports: deque[tuple[DeliveryCallback, Error | None]] = deque()
+        self._closed = False
+
+    # -- records -----------------------------------------------------------------------------------------------------
+
+    def produce(self, record: OutRecord, on_delivery: DeliveryCallback | None = None) -> None:
+        """Write one record; see `kser.transport.Sink.produce`. ``on_delivery`` waits for poll(), flush(), commit()."""
+        size = _size(record)
+        if size > self._max_record_bytes:
+            raise MessageTooLargeError(f"A record for {record.topic}", size, self._max_record_bytes)
+        with self._locked(), self._cluster.failing("produce"):
+            if self._id is not None:
+                self._check_phase("open")
+            error = self._write(record)
+            if error is not None and self._id is not None:
+                self._failure = error
+            elif error is not None and on_delivery is None:
+                logger.warning("A record for %s was not written: %s", record.topic, error.message)
+            if on_delivery is not None:
+                self._reports.append((on_delivery, error))
+                self._cluster.changed.notify_all()
+
+    def _write(self, record: OutRecord) -> Error | None:
+        try:
+            with self._cluster.failing("delivery"):
+                self._cluster.append(record, self._transaction() if self._id is not None else None)
+        except Error as exc:
+            return exc
+        return None
+
+    def poll(self, timeout_s: float) -> int:
+        """Serve delivery callbacks, waiting up to ``timeout_s`` for the first; the number served."""
+        cluster = self._cluster
+        served = self._serve()
+        if served or timeout_s <= 0:
+            return served
+        deadline = cluster.clock.monotonic() + timeout_s
+        with cluster.changed:
+            while not self._reports and cluster.clock.monotonic() < deadline:
+                cluster.wait(deadline)
+        return self._serve()
+
+    def flush(self, timeout_s: float) -> int:  # noqa: ARG002 - never waits
+        """Serve all callbacks. Everything handed over is confirmed or failed already, so 0."""
+        self._serve()
+        return 0
+
+    def drop_queued(self) -> None:
+        """Nothing: a record is written by produce(), so none is ever queued."""
+
+    def _serve(self) -> int:
+        served = 0
+        while self._reports:
+            try:
+                callback, error = self._reports.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            served += 1
+            try:
+                callback(error)
+            except Exception:
+                logger.exception("A delivery callback raised; it must not")
+        return served
+
+    # -- transactions ------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Open a transaction. The first one fences whoever used the same transactional id before."""
+        with self._locked(), self._cluster.failing("begin"):
+            if self._id is None:
+                raise ConfigurationError("This sink has no transactions: make it with a transactional id")
+            self._check_phase("ready")
+            if self._epoch is None:
+                self._epoch = self._cluster.take_over(self._id)
+            self._phase = "open"
+
+    def send_offsets(self, positions: Sequence[Position], member: GroupMember) -> None:
+        """Make these positions part of the transaction; after a GroupError it can only be aborted."""
+        for position in positions:
+            check_position(position)
+        with self._locked(), self._cluster.failing("send_offsets"):
+            self._check_phase("open")
+            self._cluster.tick()
+            if not isinstance(member, Membership):
+                raise ConfigurationError(f"{type(member).__name__} is no member of a group of this transport")
+            group = self._cluster.group(member.group)
+            try:
+                group.check_membership(member)
+            except GroupError as exc:
+                self._failure = exc
+                raise
+            with self._fenced_for_good():
+                transaction = self._transaction()
+            for position in positions:
+                self._cluster.add_offset(transaction, group, position)
+
+    def commit(self, timeout_s: float = 30) -> None:  # noqa: ARG002 - never waits
+        """Make the transaction visible: its records and its offsets, together."""
+        with self._locked():
+            self._cluster.tick()
+            if self._phase == "unanswered":
+                self._phase = "ready"
+                return
+            self._check_phase("open")
+            if self._failure is not None:
+                raise self._failure
+            with self._fenced_for_good(), self._cluster.failing("end_txn"):
+                self._cluster.end_transaction(self._holder(), committed=True)
+                self._phase = "unanswered"
+            self._phase = "ready"
+        self._serve()
+
+    def abort(self, timeout_s: float = 30) -> None:  # noqa: ARG002 - never waits
+        """Drop the transaction: none of its records is ever seen, none of its offsets is stored."""
+        with self._locked():
+            self._cluster.tick()
+            self._check_phase("open")
+            with self._fenced_for_good(), self._cluster.failing("abort"):
+                self._cluster.end_transaction(self._holder(), committed=False)
+                self._phase, self._failure = "ready", None
+        self._serve()
+
+    def close(self, timeout_s: float = 10) -> None:  # noqa: ARG002 - never waits
+        """Serve the callbacks, abort what is open. A second call does nothing."""
+        with self._cluster.changed:
+            if self._closed:
+                return
+            self._closed = True
+            if self._phase == "open" and not isinstance(self._failure, FencedError):
+                holder = self._cluster.holder(self._id or "")
+                if holder.epoch == self._epoch:
+                    self._cluster.end_transaction(holder, committed=False)
+        self._serve()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._cluster.changed:
+            if self._closed:
+                raise TransportError("This sink is closed: make a new one")
+            yield
+
+    def _check_phase(self, phase: Literal["ready", "open"]) -> None:
+        if isinstance(self._failure, FencedError):
+            raise self._failure
+        if self._phase != phase:
+            raise TransportError(
+                "No transaction is open: begin() one first"
+                if phase == "open"
+                else "A transaction is open already: commit() or abort() it first"
+            )
+
+    def _holder(self) -> TransactionalId:
+        """The coordinator's state of this sink's id. Raises FencedError when it is another's by now."""
+        assert self._id is not None
+        holder = self._cluster.holder(self._id)
+        if holder.epoch != self._epoch:
+            raise FencedError(
+                f"Transactional id {self._id} was taken over by another producer, or its transaction took too long: "
+                "make a new sink"
+            )
+        return holder
+
+    @contextmanager
+    def _fenced_for_good(self) -> Iterator[None]:
+        """A FencedError, whoever raised it, stays: nothing can be done with this sink any more."""
+        try:
+            yield
+        except FencedError as exc:
+            self._failure = exc
+            raise
+
+    def _transaction(self) -> Transaction:
+        return self._cluster.transaction(self._holder())
+
+
+def _size(record: OutRecord) -> int:
+    headers = sum(len(name.encode()) + len(value or b"") for name, value in record.headers)
+    return len(record.key or b"") + len(record.value or b"") + headers
+
+
+class MemoryReader:
+    """An onlooker in memory: see `kser.transport.Reader`. One thread owns it."""
+
+    def __init__(self, cluster: Cluster, topics: Sequence[str], start: Literal["beginning", "end"]) -> None:
+        self._cluster = cluster
+        self._subscription = Subscription(topics)
+        self._positions: dict[Partition, int] = {}
+        self._ends: dict[Partition, int] = {}
+        self._turn = 0
+        self._closed = False
+        with cluster.changed:
+            self._discover()
+            self._ends = {partition: cluster.log(partition).end for partition in self._positions}
+            if start == "end":
+                self._positions = dict(self._ends)
+
+    def poll(self, timeout_s: float, max_records: int = 500) -> list[Record]:
+        """What has come, [] after ``timeout_s``."""
+        cluster = self._cluster
+        deadline = cluster.clock.monotonic() + timeout_s
+        with cluster.changed:
+            if self._closed:
+                raise TransportError("This reader is closed: make a new one")
+            while True:
+                cluster.tick()
+                self._discover()
+                records = self._fetch(max_records)
+                if records or cluster.clock.monotonic() >= deadline:
+                    return records
+                cluster.wait(deadline)
+
+    def at_end(self) -> bool:
+        """True when everything that was there when the reader was made has been given."""
+        with self._cluster.changed:
+            self._cluster.tick()
+            return all(self._passed(partition, end) for partition, end in self._ends.items())
+
+    def close(self) -> None:
+        """Let go of it. A second call does nothing."""
+        self._closed = True
+
+    def _passed(self, partition: Partition, end: int) -> bool:
+        log = self._cluster.log(partition)
+        found, position = log.read(max(self._positions[partition], log.start), 1)
+        return (found[0].offset if found else position) >= end
+
+    def _discover(self) -> None:
+        for topic, logs in self._cluster.topics.items():
+            if self._subscription.matches(topic):
+                for number, log in enumerate(logs):
+                    self._positions.setdefault(Partition(topic, number), log.start)
+
+    def _fetch(self, limit: int) -> list[Record]:
+        partitions = sorted(self._positions)
+        self._turn += 1
+        found: list[Record] = []
+        for at in range(len(partitions)):
+            partition = partitions[(at + self._turn) % len(partitions)]
+            log = self._cluster.log(partition)
+            position = max(self._positions[partition], log.start)  # what retention took is passed over
+            more, self._positions[partition] = log.read(position, limit - len(found))
+            found += more
+        return found
+
+
+class MemoryAdmin:
+    """The topics in memory: see `kser.transport.TopicAdmin`. May be shared by threads."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def cluster_id(self, timeout_s: float = 10) -> str:  # noqa: ARG002 - never waits
+        """Always "memory"."""
+        return "memory"
+
+    def can_create(self, timeout_s: float = 10) -> bool:  # noqa: ARG002 - never waits
+        """Always True."""
+        return True
+
+    def describe(self, names: Sequence[str], timeout_s: float = 10) -> dict[str, TopicInfo]:  # noqa: ARG002 - never waits
+        """Those of ``names`` that exist, without settings."""
+        with self._cluster.changed:
+            counts = self._cluster.partition_counts()
+        return {name: TopicInfo(name=name, partitions=counts[name], replication=1) for name in names if name in counts}
+
+    def create(self, specs: Sequence[TopicSpec], timeout_s: float = 30) -> list[str]:  # noqa: ARG002 - never waits
+        """Make the topics that do not exist yet; their settings are not kept. Raises TransportError."""
+        made: list[str] = []
+        with self._cluster.changed:
+            for spec in specs:
+                if spec.name in self._cluster.topics:
+                    continue
+                if spec.replication not in (None, 1):
+                    raise TransportError(
+                        f"Topic {spec.name} cannot have {spec.replication} replicas: there is only this process"
+                    )
+                self._cluster.grow(spec.name, spec.partitions)
+                made.append(spec.name)
+        return made
