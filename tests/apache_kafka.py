@@ -19,6 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
@@ -91,7 +92,7 @@ class PortTakenError(KafkaStartError):
 
 
 class Keeper:
-    """This process's side of tests/keeper.py. Not for use by several threads at once."""
+    """This process's side of tests/keeper.py. May be shared by threads."""
 
     def __init__(self) -> None:
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), str(os.getpid())]
@@ -104,12 +105,14 @@ class Keeper:
             start_new_session=True,
         )
         self._buffer = b""
+        self._lock = threading.Lock()
         self.folder = Path(self._answer())
 
     def call(self, name: str, *args: Any) -> Any:
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"call": name, "args": args}).encode() + b"\n")
-        return self._answer()
+        with self._lock:
+            self._process.stdin.write(json.dumps({"call": name, "args": args}).encode() + b"\n")
+            return self._answer()
 
     def close(self) -> None:
         """End what it keeps. A second call does nothing."""
@@ -224,6 +227,8 @@ class ApacheKafka:
 
     def start_node(self, node: int) -> None:
         """Start a node that was killed or stopped, on its data and ports; returns when its copies have caught up."""
+        if node in self.pids:
+            raise ValueError(f"node {node} runs already")
         self._spawn(node)
         self._wait_whole(time.monotonic() + self._timeout_s)
 
@@ -258,11 +263,11 @@ class ApacheKafka:
         self._wait_metadata(time.monotonic() + ANSWER_TIMEOUT_S, f"topic {name} has leaders", led)
 
     def stop(self) -> None:
-        """End all nodes and remove their data. A second call does nothing."""
+        """End all nodes, with kill -9, and remove their data. A second call does nothing."""
         if not self._stopped:
             self._stopped = True
-            self._keeper.close()
             self._running.clear()
+            self._keeper.close()
 
     def _start(self) -> None:
         deadline = time.monotonic() + self._timeout_s
@@ -272,7 +277,7 @@ class ApacheKafka:
         for node in range(1, self.nodes + 1):
             self._properties(node).write_text(self._configuration(node))
             tool = ["kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(self._properties(node))]
-            self._java(f"format{node}", ["-Xmx256m"], tool)
+            self._java(f"format{node}", ["-Xmx256m", "-XX:TieredStopAtLevel=1"], tool)
         for node in range(1, self.nodes + 1):
             self._wait_formatted(node, deadline)
             self._spawn(node)
@@ -325,6 +330,8 @@ class ApacheKafka:
         return code
 
     def _end_node(self, node: int, number: signal.Signals) -> None:
+        if node not in self._running:
+            raise ValueError(f"node {node} does not run: {sorted(self._running)} do")
         self._keeper.call("signal", f"node{node}", number)
         deadline = time.monotonic() + self._timeout_s
         while self._exit_code(node) is None:
@@ -383,9 +390,13 @@ class ApacheKafka:
         common = {"bootstrap.servers": self.bootstrap_servers, "log_level": 0}
         consumer = Consumer({**common, "group.id": "kser-harness"})
         producer = Producer({**common, "transactional.id": "kser-harness", "retry.backoff.ms": 20})
+        calls: list[Callable[[], object]] = [
+            lambda: consumer.committed([TopicPartition("kser-harness", 0)], timeout=5),
+            lambda: producer.init_transactions(5),
+        ]
         try:
-            self._retry(deadline, lambda: consumer.committed([TopicPartition("kser-harness", 0)], timeout=5))
-            self._retry(deadline, lambda: producer.init_transactions(5))
+            with ThreadPoolExecutor(len(calls)) as pool:
+                list(pool.map(lambda call: self._retry(deadline, call), calls))
         finally:
             consumer.close()
 
@@ -397,6 +408,7 @@ class ApacheKafka:
                 self._check_alive()
                 if time.monotonic() > deadline:
                     raise KafkaStartError(f"Apache Kafka is up, but a coordinator is not: {error}") from error
+                time.sleep(0.05)
             else:
                 return
 

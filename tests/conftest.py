@@ -33,7 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fetch Apache Kafka before the first test: a download is not on the clock of the test that needs it first."""
     wanted = any(item.get_closest_marker("apache") for item in session.items)
-    if not wanted or session.config.option.collectonly or kafka_jars.cached() or kafka_jars.unavailable():
+    if not wanted or session.testsfailed or session.config.option.collectonly:
+        return
+    if kafka_jars.cached() or kafka_jars.unavailable():
         return
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter:
@@ -95,8 +97,8 @@ def embedded() -> Iterator[EmbeddedBroker]:
 
 
 @pytest.fixture(scope="session")
-def unique_name() -> Callable[..., str]:
-    """``unique_name("orders")`` is a name that no other test has: for topics, groups, transactional ids."""
+def topic_name() -> Callable[..., str]:
+    """``topic_name("orders")`` is a name that no other test has: for topics, groups, transactional ids."""
     return brokers.unique
 
 

@@ -41,7 +41,7 @@ def need(name: str, reason: str, *, cure: str = "") -> NoReturn:
     if required(name):
         pytest.fail(f"{text} (required here by {required(name)})", pytrace=False)
     _missing[text] = _Missing(name, reason, cure)
-    pytest.skip(text)
+    pytest.skip(text, allow_module_level=True)
 
 
 def required(name: str) -> str:

@@ -7,11 +7,16 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient, ConfigResource, NewTopic, TopicMetadata
+from confluent_kafka import KafkaError
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its __all__ names only some of what it exports
+    AdminClient,
+    ConfigResource,
+    NewTopic,
+    TopicMetadata,
+)
 
 from kser.confluent.config import admin_config, new_client
-from kser.confluent.errors import kafka_error, kafka_errors, translate, unanswered
+from kser.confluent.errors import kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState
 from kser.errors import Error, TransportError
 from kser.transport import TopicInfo, TopicSpec
@@ -96,9 +101,9 @@ class ConfluentAdmin:
 
     # -- for the other clients of this package -------------------------------------------------------------------------
 
-    def partitions_of(self, topic: str) -> int:
+    def partitions_of(self, topic: str, timeout_s: float = _LOOK_S) -> int:
         """How many partitions a topic has, 0 when it does not exist."""
-        found = self._look(topic, time.monotonic() + _LOOK_S)
+        found = self._look(topic, time.monotonic() + timeout_s)
         return len(found.partitions) if found is not None else 0
 
     def touch(self, topics: Iterable[str]) -> None:
@@ -160,7 +165,9 @@ class ConfluentAdmin:
         for name in names:
             while self._look(name, end) is None:
                 if time.monotonic() > end:
-                    raise TransportError(f"Topic {name} was created but is not known to the brokers yet", retriable=True)
+                    raise TransportError(
+                        f"Topic {name} was created but is not known to the brokers yet", retriable=True
+                    )
                 time.sleep(_AGAIN_S)
 
     def _result(self, answer: "Future[_T]", doing: str, end: float) -> _T:

@@ -95,6 +95,14 @@ _CLASSIC_ONLY: Final = (
     "heartbeat.interval.ms",
     "group.protocol.type",
 )
+#: Without a meaning for an onlooker outside any group; each is checked against the others all the same.
+_MEMBERS_ONLY: Final = (
+    *_CLASSIC_ONLY,
+    "group.instance.id",
+    "group.protocol",
+    "group.remote.assignor",
+    "max.poll.interval.ms",
+)
 _STARTS: Final[dict[str, Start]] = {
     "smallest": "earliest",
     "earliest": "earliest",
@@ -191,7 +199,7 @@ def consumer_config(user: Mapping[str, Any], group: str, *, kip848: bool = False
 def reader_config(user: Mapping[str, Any], group: str) -> dict[str, Any]:
     """For an onlooker outside any group. librdkafka wants a ``group`` even so; nothing is committed under it."""
     config = _CLIENT_DEFAULTS | _FETCH_DEFAULTS | _without(user, PRODUCER)
-    config = _without(config, {*_CLASSIC_ONLY, "group.protocol", "group.instance.id", "group.remote.assignor"})
+    config = _without(config, _MEMBERS_ONLY)
     # An onlooker that falls behind the retention goes on with what there still is.
     return config | _SOURCE_ALWAYS | {"group.id": group, "auto.offset.reset": "earliest", "enable.partition.eof": True}
 

@@ -18,6 +18,8 @@ logger = logging.getLogger("kser.confluent")
 
 #: Seconds in which lines that differ in numbers only are logged once: a dead broker is tried again for ever.
 REPEAT_AFTER_S = 60.0
+#: Seconds for which a refusal counts; the client tries again every 10 s at most and is refused anew.
+REFUSED_FOR_S = 15.0
 #: Different lines remembered; beyond it all are forgotten, which costs a repeated line and no memory.
 _REMEMBERED = 500
 _NUMBERS = re.compile(r"\d+")
@@ -85,12 +87,14 @@ class ClientState:
         self._brokers = brokers
         self._down = False
         self._was_up = False
-        #: Why the brokers let this client in no more or not at all (credentials, certificates, rights).
+        #: Why the brokers do not let this client in (credentials, certificates), and when they said so last.
         self._refusal: Error | None = None
+        self._refused_at = 0.0
 
     def on_error(self, error: KafkaError) -> None:
         """The client's ``error_cb``. Never raises."""
         if error.code() in REFUSED:
+            self._refused_at = time.monotonic()
             if self._refusal is None:
                 self._refusal = translate(error, f"Connecting the {self._what} to {self._brokers}")
                 logger.error("%s", self._refusal.message)
@@ -111,5 +115,10 @@ class ClientState:
 
     @property
     def refusal(self) -> Error | None:
-        """Set when this client has never been let in: then waiting is no cure. A later refusal is only logged."""
-        return None if self._was_up else self._refusal
+        """Why the brokers do not let this client in, while they have never yet: then waiting is no cure.
+
+        Passes when they say it no more, so that a client outlives a hiccup of theirs. Later ones are only logged.
+        """
+        if self._refusal is None or self._was_up or time.monotonic() - self._refused_at > REFUSED_FOR_S:
+            return None
+        return self._refusal

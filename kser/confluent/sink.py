@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from kser.confluent.aside import Aside
 from kser.confluent.config import new_client
-from kser.confluent.errors import kafka_error, kafka_errors, too_large, translate, unanswered
+from kser.confluent.errors import kafka_error, kafka_errors, too_large, translate
 from kser.confluent.logs import ClientState, logger
-from kser.confluent.source import ConfluentMember
-from kser.errors import ConfigurationError, Error, FencedError, GroupError, TransportError
+from kser.confluent.source import ConfluentMember, to_offsets
+from kser.errors import Error, GroupError, TransportError
 from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
 
 __all__ = ["ConfluentSink"]
@@ -27,32 +28,336 @@ _OFFSETS_S: Final = 5.0
 _OFFSETS_TRIES: Final = 3
 #: Before an abort, what is on its way gets this long to be registered (librdkafka#4849).
 _BEFORE_ABORT_S: Final = 5.0
+#: What the client itself may take to end, once nothing is left in it.
+_DESTROY_S: Final = 5.0
+_PURGED: Final = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 
 
 class ConfluentSink:
     """Writes records. Implements kser.transport.Sink, whose docstrings say what each method does.
 
-    May be shared by threads; a transaction belongs to one thread at a time. An ``on_delivery`` callback must not call
-    poll() or flush() of its own sink (they do nothing there), and may call produce().
+    May be shared by threads; a transaction belongs to one thread at a time. An ``on_delivery`` callback may call
+    produce() of its own sink; poll() and flush() do nothing there.
+
+    Errors of a transaction's calls have in ``extra`` ``abort`` (True: nothing is stored, call abort(), then begin())
+    and ``fatal`` (True: this sink is of no more use; close it and make one of the same transactional id).
 
     Args:
         config: of producer_config(): librdkafka properties, with ``transactional.id`` for transactions.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        self._config = config
         self._id: str | None = config.get("transactional.id")
-        what = f"transactional producer {self._id}" if self._id else "producer"
-        self._state = ClientState(what, str(config["bootstrap.servers"]))
+        self._name = f"transactional producer {self._id}" if self._id else "producer"
+        self._state = ClientState(self._name, str(config["bootstrap.servers"]))
+        self._config = {**config, "on_delivery": self._unclaimed}
         self._limit = int(config.get("message.max.bytes", 1_000_000))
-        #: Deliveries that failed and had no on_delivery to tell, and why the first of them did.
+        #: Deliveries that failed and had no on_delivery to tell.
         self.failed = 0
-        self.first_failure: Error | None = None
         self._lock = threading.Lock()
         self._local = threading.local()
+        #: What a callback raised that is no Exception (KeyboardInterrupt), for the call that served it.
         self._escaped: BaseException | None = None
-        self._producer: Producer | None = new_client(Producer, {**config, "on_delivery": self._unclaimed}, self._state)
+        self._confirmed = False
+        #: Why what is queued is given up, when that is known better than by the client.
+        self._reason: Error | None = None
+        self._producer: Producer | None = new_client(Producer, self._config, self._state)
         self._initialised = False
         self._open = False
         #: send_offsets() failed: a commit would store the records without the offsets.
         self._offsets_missing = False
+        #: What ended the transactions of this sink for good.
+        self._dead: Error | None = None
+        #: The first delivery that failed since begin().
+        self._failure: Error | None = None
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    def produce(self, record: OutRecord, on_delivery: DeliveryCallback | None = None) -> None:
+        """See Sink. ConfigurationError while the brokers refuse this client's credentials."""
+        producer = self._client()
+        options: dict[str, Any] = {}
+        if on_delivery is not None:
+            options["on_delivery"] = partial(self._deliver, on_delivery)
+        if record.headers:
+            options["headers"] = list(record.headers)
+        if record.partition is not None:
+            options["partition"] = record.partition
+        give_up_at = 0.0
+        while True:
+            try:
+                producer.produce(record.topic, record.value, record.key, **options)
+                return
+            except BufferError:
+                give_up_at = give_up_at or time.monotonic() + _ROOM_S
+                self._wait_for_room(producer, give_up_at)
+            except (KafkaException, RuntimeError) as exc:
+                error = kafka_error(exc)
+                if error is None:
+                    raise TransportError(f"Writing to topic {record.topic} failed: {exc}") from exc
+                if not _is_fatal(error) or self._id is not None or not self._renew(producer):
+                    raise self._refused(error, record) from exc
+                producer = self._client()
+
+    def poll(self, timeout_s: float) -> int:
+        """See Sink."""
+        producer = self._client()
+        return 0 if self._inside_callback else self._serve(producer, lambda: producer.poll(max(timeout_s, 0)))
+
+    def flush(self, timeout_s: float) -> int:
+        """See Sink."""
+        producer = self._client()
+        if not self._inside_callback:
+            self._serve(producer, lambda: producer.flush(max(timeout_s, 0)))
+        return len(producer)
+
+    def drop_queued(self) -> None:
+        """See Sink. The callbacks are called before it returns."""
+        producer = self._client()
+        with kafka_errors("Dropping what is queued"):
+            producer.purge(in_queue=True, in_flight=False)
+        if not self._inside_callback:
+            self._serve(producer, lambda: producer.poll(0))
+
+    def close(self, timeout_s: float = 10) -> None:
+        """See Sink. An open transaction is aborted. What is not confirmed in time is dropped, with a warning."""
+        with self._lock:
+            producer = self._producer
+            if producer is None:
+                return
+            end = time.monotonic() + timeout_s
+            if self._open:
+                self._abort_at_last(timeout_s / 2)
+            self._producer = None
+        self._serve(producer, lambda: producer.flush(max(end - time.monotonic(), 0)))
+        if left := len(producer):
+            logger.warning("The %s is closed with %s records not confirmed: they may be lost", self._name, left)
+        self._destroy(producer)
+
+    # -- transactions --------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """See Sink. Raises TransportError (retriable: try again) when no coordinator answers, FencedError."""
+        producer = self._transactional("begin()")
+        if self._open:
+            raise TransportError(f"A transaction of {self._id} is open: commit() or abort() it before begin()")
+        if not self._initialised:
+            self._transaction_call(f"Starting transactions of {self._id}", lambda: producer.init_transactions(_INIT_S))
+            self._initialised = True
+        self._transaction_call(f"Beginning a transaction of {self._id}", producer.begin_transaction)
+        self._open, self._offsets_missing, self._failure = True, False, None
+
+    def send_offsets(self, positions: Sequence[Position], member: GroupMember) -> None:
+        """See Sink.
+
+        A try that got no answer is repeated. After an error commit() refuses, until another send_offsets() succeeded.
+        librdkafka#5456: it can block for ever after a broker died, so call it in a thread that may be left behind.
+        """
+        producer = self._transactional("send_offsets()")
+        if not isinstance(member, ConfluentMember):
+            raise TypeError(
+                f"{type(member).__name__} is no member of a ConfluentSource: give what its member() returns"
+            )
+        self._offsets_missing = True
+        if not member.joined:
+            raise GroupError(
+                f"Offsets of {self._id} were not sent: the member has not joined its group; abort()",
+                extra={"abort": True},
+            )
+        offsets = to_offsets(positions)
+        doing = f"Sending offsets with the transaction of {self._id}"
+        for left in reversed(range(_OFFSETS_TRIES)):
+            try:
+                self._transaction_call(
+                    doing, lambda: producer.send_offsets_to_transaction(offsets, member.metadata, _OFFSETS_S)
+                )
+                break
+            except TransportError as exc:
+                if not exc.retriable or not left:
+                    raise
+        self._offsets_missing = False
+
+    def commit(self, timeout_s: float = 30) -> None:  # noqa: ARG002 - of the protocol; see below
+        """See Sink. Takes as long as the transaction's own timeout leaves (``transaction.timeout.ms``, 10 s).
+
+        Source: rdkafka.h: any other timeout than that one "risks internal state desynchronization".
+        """
+        producer = self._transactional("commit()")
+        if self._offsets_missing:
+            raise TransportError(
+                f"The transaction of {self._id} has not got its offsets: abort() it, its records would be doubled",
+                extra={"abort": True},
+            )
+        self._transaction_call(f"Committing the transaction of {self._id}", producer.commit_transaction)
+        self._open = False
+
+    def abort(self, timeout_s: float = 30) -> None:
+        """See Sink."""
+        producer = self._transactional("abort()")
+        end = time.monotonic() + timeout_s
+        self._serve(producer, lambda: producer.flush(min(_BEFORE_ABORT_S, timeout_s / 2)))
+        while True:
+            left = max(end - time.monotonic(), 1)
+            try:
+                self._transaction_call(
+                    f"Aborting the transaction of {self._id}", partial(producer.abort_transaction, left)
+                )
+                break
+            except TransportError as exc:
+                if not exc.retriable or time.monotonic() >= end:
+                    raise
+        self._open = self._offsets_missing = False
+
+    # -- callbacks: librdkafka calls these inside poll(), flush() and a transaction's calls; nothing may be raised ---
+
+    def _deliver(self, on_delivery: DeliveryCallback, error: KafkaError | None, message: Message) -> None:
+        self._local.inside = True
+        try:
+            if error is None:
+                self._confirmed = True
+                on_delivery(None)
+            else:
+                on_delivery(self._undelivered(error, message))
+        except Exception:  # noqa: BLE001 - the caller's code
+            logger.exception("on_delivery %r raised", on_delivery)
+        except BaseException as exc:  # noqa: BLE001 - raised again by the call that served this callback
+            self._escaped = exc
+        finally:
+            self._local.inside = False
+
+    def _unclaimed(self, error: KafkaError | None, message: Message) -> None:
+        """For records that came without an on_delivery."""
+        if error is None:
+            self._confirmed = True
+            return
+        try:
+            failure = self._undelivered(error, message)
+            self.failed += 1
+            if self._id is None:  # else commit() tells
+                self._state.quiet.log(logging.ERROR, "%s [%s] %s", error.name(), self._name, failure.message)
+        except BaseException as exc:  # noqa: BLE001 - as above
+            self._escaped = exc
+
+    def _undelivered(self, error: KafkaError, message: Message) -> Error:
+        topic = message.topic() or ""
+        size = len(message) + len(message.key() or b"")
+        what = f"A record for topic {topic} was refused by the broker, whose max.message.bytes may be lower still: it"
+        failure = too_large(error, what, size, self._limit, topic=topic)
+        if failure is None and error.code() in _PURGED and self._reason is not None:
+            failure = self._reason
+        if failure is None:
+            failure = translate(error, f"Delivering a record to topic {topic}", topic=topic)
+        self._failure = self._failure or failure
+        return failure
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _inside_callback(self) -> bool:
+        return getattr(self._local, "inside", False)
+
+    def _client(self) -> Producer:
+        producer = self._producer
+        if producer is None:
+            raise TransportError(f"The {self._name} is closed: make a new one")
+        return producer
+
+    def _transactional(self, doing: str) -> Producer:
+        if self._id is None:
+            raise TransportError(f"{doing}: this sink has no transactional id, so it has no transactions")
+        if self._dead is not None:
+            raise self._dead
+        return self._client()
+
+    def _serve(self, producer: Producer, call: Callable[[], int]) -> int:
+        """Run a call that serves callbacks."""
+        try:
+            served = call()
+        except KafkaException as exc:  # the client broke for good; the next produce() or begin() tells, or renews it
+            logger.warning("The %s: %s", self._name, exc)
+            served = 0
+        self._afterwards(producer)
+        return served
+
+    def _afterwards(self, producer: Producer) -> None:
+        if self._confirmed:
+            self._confirmed = False
+            self._state.up()
+        elif (refusal := self._state.refusal) is not None and len(producer):
+            # Nothing can be delivered: tell so now and with the reason, not after a timeout without one.
+            self._reason = refusal
+            producer.purge(in_queue=True, in_flight=False)
+            producer.poll(0)
+            self._reason = None
+        if self._escaped is not None:
+            escaped, self._escaped = self._escaped, None
+            raise escaped
+
+    def _wait_for_room(self, producer: Producer, give_up_at: float) -> None:
+        if self._inside_callback or time.monotonic() >= give_up_at:
+            raise TransportError(
+                f"The {self._name} has no room for more records: {len(producer)} wait to be confirmed", retriable=True
+            )
+        self._serve(producer, lambda: producer.poll(0.05))
+
+    def _refused(self, error: KafkaError, record: OutRecord) -> Error:
+        headers = sum(len(name) + len(value or b"") for name, value in record.headers)
+        size = len(record.key or b"") + len(record.value or b"") + headers
+        what = f"A record for topic {record.topic}"
+        return too_large(error, what, size, self._limit, topic=record.topic) or translate(
+            error, f"Writing to topic {record.topic}", topic=record.topic
+        )
+
+    def _renew(self, broken: Producer) -> bool:
+        """A new client instead of one that had a fatal error; False inside callbacks, where it cannot be done."""
+        if self._inside_callback:
+            return False
+        with self._lock:
+            if self._producer is broken:
+                logger.warning(
+                    "The %s had a fatal error: it is replaced, what was under way is reported failed", self._name
+                )
+                self._producer = new_client(Producer, self._config, self._state)
+                self._destroy(broken)
+        return True
+
+    def _transaction_call(self, doing: str, call: Callable[[], Any]) -> None:
+        producer = self._client()
+        try:
+            call()
+        except (KafkaException, RuntimeError) as exc:
+            error = kafka_error(exc)
+            if error is None:
+                raise TransportError(f"{doing} failed: {exc}") from exc
+            failure = translate(error, doing, strict=True, abort=error.txn_requires_abort(), fatal=_is_fatal(error))
+            if error.txn_requires_abort() and self._failure is not None:
+                failure.message = f"{failure.message}; the first record failed so: {self._failure.message}"
+            if not self._initialised:
+                producer.poll(0)  # what the client noticed meanwhile
+                failure = self._state.refusal or failure
+            if _is_fatal(error):
+                self._dead = failure
+            raise failure from exc
+        self._state.up()
+        self._afterwards(producer)
+
+    def _abort_at_last(self, timeout_s: float) -> None:
+        try:
+            self.abort(timeout_s)
+        except Error as exc:
+            logger.warning("The %s is closed with a transaction open: %s", self._name, exc.message)
+
+    def _destroy(self, producer: Producer) -> None:
+        """Let go of a client; what is still in it is given up, and told so."""
+        try:
+            producer.purge()
+            self._serve(producer, lambda: producer.poll(0))
+            Aside().call(producer.close, _DESTROY_S)
+        except TimeoutError:
+            logger.warning("The %s did not end within %g s and is left behind", self._name, _DESTROY_S)
+        except (KafkaException, RuntimeError, RuntimeWarning) as exc:
+            logger.warning("Closing the %s: %s", self._name, exc)
+
+
+def _is_fatal(error: KafkaError) -> bool:
+    return error.fatal() or error.code() == KafkaError._FATAL

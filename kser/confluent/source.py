@@ -1,8 +1,6 @@
 """ConfluentSource: one member of a consumer group on confluent-kafka."""
 
-import contextvars
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +14,20 @@ from confluent_kafka import (
     KafkaException,
     Message,
     TopicPartition,
-    cimpl,
 )
 
 from kser.confluent.admin import ConfluentAdmin
+from kser.confluent.aside import Aside
 from kser.confluent.config import Start, is_incremental, new_client
 from kser.confluent.errors import LOST, kafka_error, kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState, logger
-from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError
+from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError, ValidationError
 from kser.transport import GroupMember, Partition, Position, RebalanceListener, Record
 
-__all__ = ["ConfluentMember", "ConfluentSource"]
+__all__ = ["ConfluentMember", "ConfluentSource", "to_offsets"]
+
+#: What a broker stores beside an offset, in bytes (its offset.metadata.max.bytes).
+_METADATA_BYTES: Final = 4096
 
 #: Seconds between two tries of a question that the coordinator cannot answer yet.
 _AGAIN_S: Final = 0.1
@@ -34,8 +35,6 @@ _AGAIN_S: Final = 0.1
 _QUESTION_S: Final = 5.0
 #: First bytes of the group metadata of a member that has not joined: no generation.
 _NOT_JOINED: Final = b"CGMDv2:\xff\xff\xff\xff"
-#: By what confluent-kafka 2.16 tells which thread uses a Consumer; older ones have no such gate.
-_gate: contextvars.ContextVar[int] | None = getattr(cimpl, "_reentry_identity_var", None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,17 @@ class ConfluentMember:
     #: What confluent-kafka passes on; opaque.
     metadata: Any
     joined: bool
+
+
+def to_offsets(positions: Sequence[Position]) -> list[TopicPartition]:
+    """Positions as confluent-kafka takes them. Raises ValidationError when the metadata of one is too long."""
+    for p in positions:
+        if len(p.metadata) * 4 > _METADATA_BYTES and (size := len(p.metadata.encode())) > _METADATA_BYTES:
+            raise ValidationError(
+                f"The metadata for {p.topic}[{p.partition}] has {size} bytes, at most {_METADATA_BYTES} can be stored",
+                extra={"size": size, "limit": _METADATA_BYTES},
+            )
+    return [TopicPartition(p.topic, p.partition, p.offset, p.metadata) for p in positions]
 
 
 class ConfluentSource:
@@ -78,7 +88,7 @@ class ConfluentSource:
         # A callback may hold up its rebalance for this long; after twice that the group goes on without this member.
         self._rebalance_s = float(config.get("max.poll.interval.ms", 300_000)) / 2000
         self._consumer = new_client(Consumer, config, self._state)
-        self._aside = _Aside()
+        self._aside = Aside()
         self._listener: RebalanceListener | None = None
         #: Partitions owned, and the lowest offset that may still be given of each; negative is a librdkafka mark.
         self._next: dict[tuple[str, int], int] = {}
@@ -319,8 +329,7 @@ class ConfluentSource:
         gone = [p for p in positions if (p.topic, p.partition) not in self._next]
         owned = [p for p in positions if (p.topic, p.partition) in self._next and p.offset >= 0]
         if owned:
-            offsets = [TopicPartition(p.topic, p.partition, p.offset, p.metadata) for p in owned]
-            self._commit(offsets, timeout_s)
+            self._commit(to_offsets(owned), timeout_s)
         if gone:
             # The broker itself checks the member, not what it owns.
             raise self._not_owned(gone, "Committing")
@@ -379,7 +388,7 @@ class ConfluentSource:
             self._place(topic, partition, offset)
         self._rewind = False
 
-    # -- rebalances: librdkafka calls these inside poll() and consume(), and nothing may be raised out of them ----------
+    # -- rebalances: librdkafka calls these inside poll() and consume(), and nothing may be raised out of them --------
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._guarded(self._take_over, [(t.topic, t.partition) for t in partitions])
@@ -514,46 +523,6 @@ class ConfluentSource:
             f"{doing} {names}: not owned by this member of group {self.group} any more",
             extra={"partitions": [(p.topic, p.partition) for p in positions]},
         )
-
-
-class _Aside:
-    """Runs a call in a thread of its own for an owner who waits only so long for it. Used by one thread."""
-
-    def __init__(self) -> None:
-        #: The last call, when it took longer than it was waited for.
-        self._overdue: threading.Thread | None = None
-
-    def call(self, function: Callable[[], Any], timeout_s: float) -> Any:
-        """What ``function`` gives or raises. TimeoutError when it takes longer, or one before it still does."""
-        end = time.monotonic() + timeout_s
-        if self._overdue is not None and not _ended(self._overdue, timeout_s):
-            raise TimeoutError
-        outcome: list[tuple[Any, BaseException | None]] = []
-        owner = threading.get_ident()
-
-        def run() -> None:
-            if _gate is not None:
-                _gate.set(owner)  # the owner waits for this call, so that it counts as the owner's own
-            try:
-                outcome.append((function(), None))
-            except BaseException as exc:  # noqa: BLE001 - raised in the owner's thread
-                outcome.append((None, exc))
-
-        thread = threading.Thread(target=run, name="kser-kafka-call", daemon=True)
-        thread.start()
-        self._overdue = thread
-        if not _ended(thread, end - time.monotonic()):
-            raise TimeoutError
-        self._overdue = None
-        value, exc = outcome[0]
-        if exc is not None:
-            raise exc
-        return value
-
-
-def _ended(thread: threading.Thread, timeout_s: float) -> bool:
-    thread.join(max(timeout_s, 0))
-    return not thread.is_alive()
 
 
 def _number(message: Message) -> int:

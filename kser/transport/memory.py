@@ -615,7 +615,8 @@ class MemoryReader:
         self._closed = False
         with cluster.changed:
             self._discover()
-            self._ends = {partition: cluster.log(partition).end for partition in self._positions}
+            # As for a read_committed consumer of Kafka, "there" is what no open transaction holds back.
+            self._ends = {partition: cluster.log(partition).stable for partition in self._positions}
             if start == "end":
                 self._positions = dict(self._ends)
 

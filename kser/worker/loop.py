@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kser.controller import Controller
-from kser.errors import ConfigurationError, Error, GroupError, TransportError
+from kser.errors import ConfigurationError, DeliveryError, Error, GroupError, TransportError
 from kser.producer import max_message_bytes
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import OutRecord, Partition, Position, Record, Sink, Source, Transport
@@ -167,6 +167,8 @@ class _Loop:
         self.retrying: list[_Pending] = []
         self.commit_due = 0.0
         self.paused_said = 0.0
+        #: When the budget of a stop ends: draining and the last on_revoke() share it.
+        self.stop_by = float("inf")
 
     def run(self, *, until_idle: bool) -> None:
         """Until asked to stop, or idle."""
@@ -279,7 +281,8 @@ class _Loop:
         pending.open -= 1
         if error is None:
             return
-        if isinstance(error, TransportError) and error.retriable:
+        # A delivery that timed out is no verdict: the broker was away, and takes it when it is back.
+        if isinstance(error, DeliveryError) or (isinstance(error, TransportError) and error.retriable):
             if not pending.retry:
                 pending.due = time.monotonic() + _BACKOFF_S
                 self.retrying.append(pending)
@@ -347,7 +350,7 @@ class _Loop:
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
         """Start nothing more of these, let the running one end within the budget, settle, let go."""
         states = [self.parts[p] for p in partitions if p in self.parts]
-        self._close(states, time.monotonic() + self.worker.drain_s)
+        self._close(states, min(time.monotonic() + self.worker.drain_s, self.stop_by))
         self._forget(partitions)
         logger.debug("Revoked: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
 
@@ -396,8 +399,8 @@ class _Loop:
         for state in self.parts.values():
             state.closed = True  # what was taken but not started is left to the next owner
         self.executor.release()
-        end = time.monotonic() + self.worker.drain_s
-        while time.monotonic() < end and self.worker.stopping < 2:
+        self.stop_by = time.monotonic() + self.worker.drain_s
+        while time.monotonic() < self.stop_by and self.worker.stopping < 2:
             if not self.in_flight and not self.pending:
                 break
             self.source.pause(set(self.parts) - self.halted)

@@ -1,0 +1,190 @@
+"""The brokers that the contract suites run on: memory, embedded (librdkafka's mock cluster) and a real Apache Kafka."""
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from kser.testing import FakeClock, eventually
+from kser.transport import OutRecord, Partition, Position, Record, Sink, Source, TopicSpec, Transport
+from kser.transport.memory import MemoryTransport
+
+#: Of a member that does not poll, and of an open transaction: as short as Apache Kafka allows.
+SESSION_S = 2
+TRANSACTION_S = 2
+
+#: For clients of the suite: short periods, where tests wait for them.
+QUICK: dict[str, object] = {
+    "session.timeout.ms": SESSION_S * 1000,
+    "heartbeat.interval.ms": 300,
+    "max.poll.interval.ms": SESSION_S * 1000,
+    "transaction.timeout.ms": TRANSACTION_S * 1000,
+    "topic.metadata.refresh.interval.ms": 1000,
+    "topic.metadata.propagation.max.ms": 1000,
+}
+
+
+class Listener:
+    """A rebalance listener that notes what it is told, and does more where a test says so."""
+
+    def __init__(
+        self,
+        *,
+        assigned: Callable[[Sequence[Partition]], Sequence[Position] | None] = lambda _: None,
+        revoked: Callable[[Sequence[Partition]], object] = lambda _: None,
+    ) -> None:
+        self.told: list[tuple[str, list[Partition]]] = []
+        self._assigned = assigned
+        self._revoked = revoked
+
+    def on_assign(self, partitions: Sequence[Partition]) -> Sequence[Position] | None:
+        self.told.append(("assign", sorted(partitions)))
+        return self._assigned(partitions)
+
+    def on_revoke(self, partitions: Sequence[Partition]) -> None:
+        self.told.append(("revoke", sorted(partitions)))
+        self._revoked(partitions)
+
+    def on_lost(self, partitions: Sequence[Partition]) -> None:
+        self.told.append(("lost", sorted(partitions)))
+
+    def partitions(self, event: str) -> list[Partition]:
+        """All that came with this event, in order."""
+        return [partition for name, partitions in self.told if name == event for partition in partitions]
+
+
+@dataclass
+class Broker:
+    """One broker under test, with shorthands; what they open is closed at the end of the test."""
+
+    name: str
+    transport: Transport
+    _create: Callable[[str, int], object]
+    _delete_before: Callable[[Partition, int], object]
+    #: Milliseconds since the epoch, by the clock that stamps the records.
+    now_ms: Callable[[], int]
+    _opened: ExitStack = field(default_factory=ExitStack)
+    _plain: Sink | None = None
+
+    def new_name(self, what: str) -> str:
+        """A name that nobody has used before."""
+        return f"{what}-{uuid.uuid4().hex[:12]}"
+
+    def make_topic(self, partitions: int = 1) -> str:
+        """A new topic, which exists when this returns."""
+        name = self.new_name("topic")
+        self.make_topic_named(name, partitions)
+        return name
+
+    def make_topic_named(self, name: str, partitions: int = 1) -> None:
+        self._create(name, partitions)
+
+    def delete_before(self, partition: Partition, offset: int) -> None:
+        """What retention does. Not on the embedded broker, which cannot."""
+        self._delete_before(partition, offset)
+
+    def source(self, group: str, topic: str, listener: Listener | None = None) -> Source:
+        """A source that has subscribed."""
+        source = self.transport.source(group)
+        self._opened.callback(source.close)
+        source.subscribe([topic], listener or Listener())
+        return source
+
+    def joined(self, group: str, topic: str, listener: Listener | None = None) -> Source:
+        """A source that is the only member of its group and has got all it can get; no record was given yet."""
+        source = self.source(group, topic, listener)
+        wanted = self.transport.admin().describe([topic])[topic].partitions
+        eventually(lambda: source.poll(0.05, 1) or len(source.assignment()) == wanted, 30, f"{group} assigned")
+        return source
+
+    def sink(self, transactional_id: str | None = None) -> Sink:
+        sink = self.transport.sink(transactional_id)
+        self._opened.callback(sink.close)
+        return sink
+
+    def reader(self, *topics: str, **options: Any) -> Any:
+        reader = self.transport.reader(topics, **options)
+        self._opened.callback(reader.close)
+        return reader
+
+    def send(self, topic: str, *values: bytes | None, key: bytes | None = b"k", partition: int | None = None) -> None:
+        """Write records one after the other, without a transaction; they are there when this returns."""
+        problems: list[object] = []
+        self._plain = self._plain or self.sink()
+        for value in values:
+            self._plain.produce(OutRecord(topic, key, value, partition=partition), problems.append)
+        assert self._plain.flush(20) == 0
+        assert problems == [None] * len(values)
+
+    def everything(self, topic: str) -> list[Record]:
+        """What a new reader finds in the topic, by partition and offset."""
+        reader = self.reader(topic)
+        found: list[Record] = []
+        eventually(lambda: found.extend(reader.poll(0.05)) or reader.at_end(), 20, f"{topic} read to its end")
+        return sorted(found, key=lambda record: (record.partition, record.offset))
+
+    def close(self) -> None:
+        self._opened.close()
+
+
+@pytest.fixture
+def broker_named(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Broker]]:
+    """The broker of that name. Each test has its own topics and groups, and on memory a cluster of its own."""
+    made: list[Broker] = []
+
+    def make(name: str) -> Broker:
+        made.append(_memory() if name == "memory" else _kafka(name, request.getfixturevalue(name)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def _memory() -> Broker:
+    clock = FakeClock()
+    transport = MemoryTransport(clock=clock, session_timeout_s=SESSION_S, transaction_timeout_s=TRANSACTION_S)
+
+    def create(name: str, partitions: int) -> None:
+        transport.admin().create([TopicSpec(name=name, partitions=partitions)])
+
+    return Broker("memory", transport, create, transport.delete_before, clock.time_ms)
+
+
+def _kafka(name: str, server: Any) -> Broker:
+    from kser.confluent.transport import ConfluentTransport
+
+    def delete_before(partition: Partition, offset: int) -> None:
+        from confluent_kafka import TopicPartition
+
+        target = TopicPartition(partition.topic, partition.partition, offset)
+        for future in server.admin.delete_records([target]).values():
+            future.result(20)
+
+    transport = ConfluentTransport({"bootstrap.servers": server.bootstrap_servers, **QUICK})
+    return Broker(name, transport, server.create_topic, delete_before, lambda: time.time_ns() // 1_000_000)
+
+
+_EMBEDDED = pytest.param("embedded", marks=pytest.mark.embedded)
+_APACHE = pytest.param("apache", marks=pytest.mark.apache)
+
+
+@pytest.fixture(params=["memory", _EMBEDDED, _APACHE])
+def broker(request: pytest.FixtureRequest, broker_named: Callable[[str], Broker]) -> Broker:
+    """Each of the three."""
+    return broker_named(request.param)
+
+
+@pytest.fixture(params=["memory", _APACHE])
+def exact_broker(request: pytest.FixtureRequest, broker_named: Callable[[str], Broker]) -> Broker:
+    """Those that do all that Kafka does.
+
+    The embedded one does not (KAFKA.md section 1): its transactions are not isolated, their offsets are never applied,
+    nobody is fenced, nothing times out; records cannot be deleted, topics not be created by clients; a member that does
+    not poll is thrown out by its own client only.
+    """
+    return broker_named(request.param)
