@@ -4,6 +4,7 @@ Everything here is a context variable: it follows the code into coroutines and i
 context, and two tasks running side by side do not see each other's.
 """
 
+import os
 import uuid as uuids
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +14,16 @@ if TYPE_CHECKING:
     from kser.results import Result
     from kser.schemas import Message
 
-__all__ = ["Delivery", "current_delivery", "current_task", "delivering", "derive_uuid", "id_scope", "new_uuid"]
+__all__ = [
+    "Delivery",
+    "current_delivery",
+    "current_task",
+    "delivering",
+    "derive_uuid",
+    "id_scope",
+    "new_uuid",
+    "random_uuid",
+]
 
 
 class Delivery(Protocol):
@@ -74,9 +84,27 @@ def new_uuid() -> str:
     """A random uuid, or on a worker one that a redelivery of the same message makes again."""
     scope = _ids.get()
     if scope is None:
-        return str(uuids.uuid4())
+        return random_uuid()
     scope.made += 1
     return derive_uuid(scope.parent, scope.made - 1)
+
+
+def random_uuid() -> str:
+    """A random (version 4) uuid, as ``str(uuid.uuid4())`` gives it but several times as fast."""
+    try:
+        raw = _random.pop()
+    except IndexError:
+        chunk = os.urandom(16 * _DRAWN).hex()
+        _random.extend(chunk[i : i + 32] for i in range(0, len(chunk), 32))
+        raw = _random.pop()
+    return f"{raw[:8]}-{raw[8:12]}-4{raw[13:16]}-{_VARIANT[raw[16]]}{raw[17:20]}-{raw[20:]}"
+
+
+#: Random digits that were drawn and not used. pop() of a list is atomic, so threads never get the same.
+_random: list[str] = []
+_DRAWN = 128
+_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+os.register_at_fork(after_in_child=_random.clear)  # or parent and child would go on with the same
 
 
 def derive_uuid(parent: str, position: int) -> str:

@@ -65,13 +65,24 @@ class Entrypoint(metaclass=EntrypointMeta):
     ) -> None:
         self.uuid = str(uuid) if uuid else context.new_uuid()
         self.params: dict[str, Any] = params or {}
-        self.result: Result = result or Result(uuid=self.uuid)
+        self._result = result
         self.metadata: dict[str, Any] = metadata or {}
         self._broken: Result | None = None
         try:
             self.postinit()
         except Exception as exc:  # noqa: BLE001 - user code: told now, and again by each execute()
             self._broken = self._finish(results.from_exception(exc, self.uuid))
+
+    @property
+    def result(self) -> Result:
+        """Result forwarded from the task before; after the execution, the one it gave."""
+        if self._result is None:
+            self._result = Result(uuid=self.uuid)
+        return self._result
+
+    @result.setter
+    def result(self, result: Result) -> None:
+        self._result = result
 
     @property
     def path(self) -> str:

@@ -7,7 +7,7 @@ again is the same but for ``at`` and ``worker``, so readers drop what they have 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import orjson
 
@@ -48,9 +48,11 @@ _PHASES = {
     EventType.OPERATION_ENDED: 2,
 }
 
+#: The default of an optional object; nobody writes into it.
+_NONE: dict[str, Any] = {}
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+
+class Event(NamedTuple):
     """One thing that happened."""
 
     #: One of EventType.
@@ -72,7 +74,7 @@ class Event:
     #: What it gave; None when it gave nothing yet.
     result: Result | None = None
     #: Parameters, with what looks secret masked; only where something starts.
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = _NONE
     #: Anything else worth saying, in words.
     note: str = ""
     #: Milliseconds since the epoch, by the worker's clock: for people, not for ordering.

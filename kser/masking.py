@@ -9,10 +9,13 @@ __all__ = ["MASK", "looks_secret", "mask"]
 #: What is shown instead of a secret value.
 MASK = "********"
 
-_WORDS: tuple[str, ...] = ("password", "passwd", "passphrase", "secret", "token", "key", "credential", "authorization")
+_WORDS: tuple[str, ...] = (
+    "password", "passwd", "passphrase", "secret", "token", "key", "apikey", "credential", "authorization"
+)  # fmt: skip
 #: Environment variable with more words, separated by commas. Read at each use.
 EXTRA_WORDS_VARIABLE = "KSER_SECRET_WORDS"
-_SPLIT = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])")
+_SPLIT = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_TOO_DEEP = "(nested too deep to be shown)"
 
 
 def looks_secret(name: str) -> bool:
@@ -27,12 +30,22 @@ def looks_secret(name: str) -> bool:
 
 
 def mask(value: Any) -> Any:
-    """A copy of ``value`` in which the values under secret names, at any depth, are replaced by MASK."""
+    """A copy of ``value`` in which the values under secret names, at any depth, are replaced by MASK.
+
+    Never raises: what refers to itself or is nested too deep for a copy is replaced by a text that says so.
+    """
+    try:
+        return _mask(value)
+    except RecursionError:
+        return _TOO_DEEP
+
+
+def _mask(value: Any) -> Any:
     if isinstance(value, dict):
         return {
-            k: MASK if isinstance(k, str) and v not in (None, "", {}, []) and looks_secret(k) else mask(v)
+            k: MASK if isinstance(k, str) and v not in (None, "", {}, []) and looks_secret(k) else _mask(v)
             for k, v in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [mask(v) for v in value]
+        return [_mask(v) for v in value]
     return value

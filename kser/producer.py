@@ -46,11 +46,14 @@ def max_message_bytes() -> int:
 class _Shipment:
     """One message between produce() and its confirmation."""
 
-    __slots__ = ("done", "error", "kmsg", "opened", "result", "topic")
+    __slots__ = ("done", "entrypoint", "error", "kmsg", "opened", "result", "topic", "uuid")
 
     def __init__(self, topic: str, kmsg: Message, opened: "set[_Shipment]") -> None:
         self.topic = topic
-        self.kmsg = kmsg
+        #: None once nobody needs it any more: a batch of many messages then holds little.
+        self.kmsg: Message | None = kmsg
+        self.uuid = kmsg.uuid
+        self.entrypoint = kmsg.entrypoint
         self.opened = opened
         self.done = False
         self.error: Error | None = None
@@ -86,6 +89,11 @@ class BaseProducer(BaseController):
         self._limit = max_message_bytes()
         self._local = threading.local()
         self._opened: set[_Shipment] = set()
+        #: Nobody overrode the hooks that get the message once it is sent.
+        self._plain = all(
+            getattr(type(self), hook).__func__ is getattr(BaseController, hook).__func__
+            for hook in ("onsuccess", "onerror")
+        )
 
     def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
         """Send one message and wait until it is confirmed.
@@ -112,7 +120,9 @@ class BaseProducer(BaseController):
                 batch.refused.append(kmsg.uuid)
             return shipment.result
         if batch is not None:
-            shipment.result.stdout = f"Message {kmsg.entrypoint}[{kmsg.uuid}] handed over for {topic}"
+            shipment.result.stdout = "Handed over, not yet confirmed"
+            if self._plain and not self._logger.isEnabledFor(logging.INFO):
+                shipment.kmsg = None
             batch.shipments.append(shipment)
             if len(batch.shipments) % 1000 == 0:
                 self._sink.poll(0)
@@ -151,8 +161,8 @@ class BaseProducer(BaseController):
             stdout=f"{len(shipments) - len(failed)} message(s) sent",
             stderr=f"{len(failed)} of {len(shipments)} message(s) not sent, the first because: {_text(first)}",
             retval={
-                "failed": [s.kmsg.uuid for s in failed],
-                "sent": [s.kmsg.uuid for s in shipments if s.error is None],
+                "failed": [s.uuid for s in failed],
+                "sent": [s.uuid for s in shipments if s.error is None],
             },
         )
 
@@ -177,7 +187,7 @@ class BaseProducer(BaseController):
             self._await(batch.shipments, timeout)
             for shipment in batch.shipments:
                 self._settle(shipment, shipment.error)
-        failed = [*batch.refused, *(s.kmsg.uuid for s in batch.shipments if s.error is not None)]
+        failed = [*batch.refused, *(s.uuid for s in batch.shipments if s.error is not None)]
         if failed:
             count = len(batch.refused) + len(batch.shipments)
             raise DeliveryError(
@@ -200,6 +210,7 @@ class BaseProducer(BaseController):
 
     def _hand_over(self, shipment: _Shipment, key: str | None) -> None:
         kmsg = shipment.kmsg
+        assert kmsg is not None
         if not isinstance(shipment.topic, str) or not shipment.topic:
             raise ValidationError(f"No topic for message {kmsg.entrypoint}[{kmsg.uuid}]: name one")
         value = encode(kmsg, self._limit)
@@ -230,9 +241,9 @@ class BaseProducer(BaseController):
             if not shipment.done:
                 shipment.delivered(
                     DeliveryError(
-                        f"Message {shipment.kmsg.entrypoint}[{shipment.kmsg.uuid}] was not confirmed by the broker "
+                        f"Message {shipment.entrypoint}[{shipment.uuid}] was not confirmed by the broker "
                         f"within {timeout} s: is it reachable?",
-                        extra={"uuids": [shipment.kmsg.uuid]},
+                        extra={"uuids": [shipment.uuid]},
                     )
                 )
 
@@ -247,10 +258,13 @@ class BaseProducer(BaseController):
         result, kmsg = shipment.result, shipment.kmsg
         if error is None:
             result.retcode = 0
-            result.stdout = f"Message {kmsg.entrypoint}[{kmsg.uuid}] sent in {shipment.topic}"
+            result.stdout = f"Message {shipment.entrypoint}[{shipment.uuid}] sent in {shipment.topic}"
+            if kmsg is None:
+                return
             final = self._onsuccess(kmsg, result)
         else:
-            failure = results.from_exception(error, kmsg.uuid)
+            kmsg = kmsg or Message(shipment.uuid, shipment.entrypoint)
+            failure = results.from_exception(error, shipment.uuid)
             result.retcode, result.stdout = failure.retcode, ""
             result.stderr, result.retval = failure.stderr, failure.retval
             final = self._onerror(kmsg, result)

@@ -1,5 +1,6 @@
 """Results: the success rule, the merge, and how an exception becomes one. The only importer of cdumay_result."""
 
+import math
 import traceback
 from typing import Any
 
@@ -9,7 +10,7 @@ from marshmallow import ValidationError as SchemaError
 
 from kser.errors import Error, InternalError, ValidationError
 
-__all__ = ["ACCEPTED", "Result", "ResultSchema", "dump", "from_exception", "is_success", "json_safe", "merge"]
+__all__ = ["ACCEPTED", "Result", "ResultSchema", "dump", "from_exception", "is_success", "json_safe", "merge", "shown"]
 
 #: retcode of a Result that says "handed over, not yet confirmed": inside a batch, and of what a task sends.
 ACCEPTED = 202
@@ -44,13 +45,13 @@ def from_exception(exc: BaseException, uuid: str) -> Result:
 
     ``retcode`` is the error's code, ``stderr`` its message, ``retval["error"]`` a dict of code, name, message, msgid,
     extra and stack (the traceback as text). An exception that is no Error of kser becomes an InternalError, code 500;
-    its class is in ``extra["type"]``.
+    its class is in ``extra["type"]``. Never raises, whatever the exception carries.
     """
     error = _as_error(exc, uuid)
     detail = {
         "code": error.code,
         "name": error.name,
-        "message": error.message,
+        "message": str(error.message),
         "msgid": error.msgid,
         "extra": json_safe(error.extra),
         "stack": "".join(traceback.format_exception(exc)),
@@ -63,9 +64,16 @@ def _as_error(exc: BaseException, uuid: str) -> Error:
     if isinstance(exc, Error):
         return exc
     if isinstance(exc, SchemaError):
-        fields = dict(exc.messages_dict)
+        fields = dict(exc.normalized_messages())
         return ValidationError(f"Invalid field(s) value: {', '.join(map(str, fields))}", extra=fields)
-    return InternalError(str(exc) or type(exc).__name__, extra={"uuid": uuid, "type": type(exc).__name__})
+    name = type(exc).__name__
+    try:
+        text = str(exc) or name
+    except Exception:  # noqa: BLE001 - user code: an exception that cannot even say what it is
+        text = f"{name} whose text cannot be had"
+    if not isinstance(exc, Exception) and text != name:
+        text = f"{name}: {text}"  # SystemExit: its text alone is a number
+    return InternalError(text, extra={"uuid": uuid, "type": name})
 
 
 def dump(result: Result) -> dict[str, Any]:
@@ -80,5 +88,40 @@ def dump(result: Result) -> dict[str, Any]:
 
 
 def json_safe(value: Any) -> Any:
-    """``value`` as plain JSON data; what JSON has no form for is replaced by its repr()."""
-    return orjson.loads(orjson.dumps(value, default=repr, option=orjson.OPT_NON_STR_KEYS))
+    """``value`` as plain JSON data; what JSON has no form for is replaced by its repr(). Never raises."""
+    try:
+        return orjson.loads(orjson.dumps(value, default=shown, option=orjson.OPT_NON_STR_KEYS))
+    except (TypeError, ValueError):
+        return _plain(value, ())
+
+
+def shown(value: Any) -> str:
+    """repr(), or a text that says that there is none."""
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - user code
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+#: Nesting beyond this is replaced by text: what writes JSON recurses too.
+_DEEPEST = 200
+#: Python refuses to write larger whole numbers in decimal digits.
+_LARGEST_BITS = 10_000
+
+
+def _plain(value: Any, around: tuple[int, ...]) -> Any:
+    """json_safe() of what orjson refuses: circles, deep nesting, odd keys, large numbers, lone surrogates."""
+    if value is None or isinstance(value, (str, bool)):
+        return value if value is None or isinstance(value, bool) else str(value)
+    if isinstance(value, int):
+        return int(value) if value.bit_length() <= _LARGEST_BITS else shown(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (dict, list, tuple, set, frozenset)):
+        if id(value) in around or len(around) > _DEEPEST:
+            return "..."
+        around = (*around, id(value))
+        if isinstance(value, dict):
+            return {k if isinstance(k, str) else shown(k): _plain(v, around) for k, v in value.items()}
+        return [_plain(v, around) for v in value]
+    return shown(value)

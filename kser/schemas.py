@@ -6,7 +6,9 @@ proves that both ways give the same.
 """
 
 import json
+from enum import Enum
 from typing import Any, Self
+from uuid import UUID
 
 import orjson
 from marshmallow import EXCLUDE, Schema, fields, validate
@@ -16,7 +18,7 @@ from kser import results
 from kser.errors import ValidationError
 from kser.results import Result, ResultSchema
 
-__all__ = ["Message", "MessageSchema"]
+__all__ = ["Message", "MessageSchema", "parse"]
 
 # A whole number of 19 digits or more may not fit into 64 bits: orjson would read it as a float. Found by turning every
 # digit into a zero first, which is ten times faster than a regular expression.
@@ -82,7 +84,7 @@ class Message:
             ValidationError: it is no JSON object, or fields are missing or of a wrong type; ``extra`` maps each field
                 to a list of what is wrong with it (``_schema`` for the whole).
         """
-        data = _parse(json_data)
+        data = parse(json_data)
         if type(data) is dict:
             uuid, entrypoint = data.get("uuid"), data.get("entrypoint")
             params, result, metadata = data.get("params"), data.get("result"), data.get("metadata")
@@ -119,7 +121,7 @@ class Message:
         Raises ValidationError naming the field that JSON has no form for.
         """
         try:
-            return json.dumps(self.dump(), allow_nan=False)
+            return json.dumps(self.dump(), allow_nan=False, default=_as_orjson)
         except (TypeError, ValueError, RecursionError):
             raise self._not_json() from None
 
@@ -151,6 +153,15 @@ class Message:
             return self.dumps().encode()
         return raw
 
+    def sent_as(self, transport: "type[Message]") -> "Message":
+        """This message as one of class ``transport``, which decides how it is written; itself when it is one of its own.
+
+        For Controller.TRANSPORT: what a plain Message holds is written the way the controller reads it.
+        """
+        if type(self) is not Message or transport is Message:
+            return self
+        return transport(self.uuid, self.entrypoint, self.params, self.result, self.metadata)
+
     def _not_json(self) -> ValidationError:
         for name, value in (
             ("uuid", self.uuid),
@@ -179,15 +190,30 @@ class Message:
         return f"Message<uuid='{self.uuid}', entrypoint='{self.entrypoint}', result={self.result}>"
 
 
-def _parse(json_data: str | bytes) -> Any:
+def _as_orjson(value: Any) -> Any:
+    """What orjson makes of the values that the standard library refuses, so that both write the same."""
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, Enum):
+        return value.value
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def parse(json_data: str | bytes) -> Any:
+    """The JSON data in a text or in UTF-8 bytes. Raises ValidationError when it is none.
+
+    Reads what kser and its predecessors write: whole numbers of any size, lone surrogates.
+    """
     try:
+        if not isinstance(json_data, (str, bytes, bytearray, memoryview)):
+            raise TypeError(f"{type(json_data).__name__} given, expected str or bytes")
         raw = json_data.encode() if isinstance(json_data, str) else bytes(json_data)
         if _BIG_NUMBER not in raw.translate(_DIGITS):
             return orjson.loads(raw)
     except (ValueError, TypeError):
         pass  # the standard library reads more (NaN, lone surrogates, deeper nesting) and has the last word
     try:
-        return json.loads(json_data)
+        return json.loads(json_data if isinstance(json_data, (str, bytes, bytearray)) else bytes(json_data))
     except (ValueError, TypeError, RecursionError) as exc:
         raise ValidationError("Failed to load message", extra={"_schema": [f"Not a JSON object: {exc}"]}) from None
 
@@ -223,9 +249,9 @@ def _find_unwritable(where: str, value: Any, depth: int = 0) -> tuple[str, str]:
                 return found
         return "", ""
     try:
-        json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False, default=_as_orjson)
     except ValueError:
-        return where, repr(value)
+        return where, results.shown(value)
     except TypeError:
         return where, f"of type {type(value).__name__}"
     return "", ""

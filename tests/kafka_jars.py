@@ -79,10 +79,14 @@ def fetch() -> Path:
         return folder()
     deadline = time.monotonic() + FETCH_TIMEOUT_S
     folder().parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder().with_suffix(".lock"), deadline) as descriptor:
+    with _lock(_beside(".lock"), deadline) as descriptor:
         if not cached():
             _fetch(descriptor, deadline)
     return folder()
+
+
+def _beside(ending: str) -> Path:
+    return folder().with_name(folder().name + ending)
 
 
 @functools.cache
@@ -113,7 +117,7 @@ def _lock(path: Path, deadline: float) -> Iterator[int]:
 
 
 def _fetch(lock: int, deadline: float) -> None:
-    work = folder().with_suffix(".part")
+    work = _beside(".part")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:

@@ -45,6 +45,9 @@ _FETCH_DEFAULTS: Final[dict[str, Any]] = {
     "queued.max.messages.kbytes": 16384,
     "queued.min.messages": 5000,
     "fetch.wait.max.ms": 100,
+    # With such small buffers the fetcher often finds them full, and must not sleep 1 s then: 480,000 records a second
+    # instead of 21,000 on the embedded broker, 720,000 instead of 225,000 on Apache Kafka.
+    "fetch.queue.backoff.ms": 20,
 }
 _SOURCE_ALWAYS: Final[dict[str, Any]] = {
     "enable.auto.commit": False,

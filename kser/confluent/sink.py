@@ -3,7 +3,8 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final
 
@@ -50,7 +51,7 @@ class ConfluentSink:
         self._id: str | None = config.get("transactional.id")
         self._name = f"transactional producer {self._id}" if self._id else "producer"
         self._state = ClientState(self._name, str(config["bootstrap.servers"]))
-        self._config = {**config, "on_delivery": self._unclaimed}
+        self._config = dict(config)
         self._limit = int(config.get("message.max.bytes", 1_000_000))
         #: Deliveries that failed and had no on_delivery to tell.
         self.failed = 0
@@ -76,17 +77,14 @@ class ConfluentSink:
     def produce(self, record: OutRecord, on_delivery: DeliveryCallback | None = None) -> None:
         """See Sink. ConfigurationError while the brokers refuse this client's credentials."""
         producer = self._client()
-        options: dict[str, Any] = {}
-        if on_delivery is not None:
-            options["on_delivery"] = partial(self._deliver, on_delivery)
-        if record.headers:
-            options["headers"] = list(record.headers)
-        if record.partition is not None:
-            options["partition"] = record.partition
+        topic, key, value, headers, partition = record
+        told = self._unclaimed if on_delivery is None else partial(self._deliver, on_delivery)
+        number = -1 if partition is None else partition
+        names: list[tuple[str, str | bytes | None]] | None = list(headers) if headers else None
         give_up_at = 0.0
         while True:
             try:
-                producer.produce(record.topic, record.value, record.key, **options)
+                producer.produce(topic, value, key, number, told, None, 0, names)
                 return
             except BufferError:
                 give_up_at = give_up_at or time.monotonic() + _ROOM_S
@@ -102,13 +100,13 @@ class ConfluentSink:
     def poll(self, timeout_s: float) -> int:
         """See Sink."""
         producer = self._client()
-        return 0 if self._inside_callback else self._serve(producer, lambda: producer.poll(max(timeout_s, 0)))
+        return 0 if self._inside_callback else self._serve(producer, partial(producer.poll, max(timeout_s, 0)))
 
     def flush(self, timeout_s: float) -> int:
         """See Sink."""
         producer = self._client()
         if not self._inside_callback:
-            self._serve(producer, lambda: producer.flush(max(timeout_s, 0)))
+            self._serve(producer, partial(producer.flush, max(timeout_s, 0)))
         return len(producer)
 
     def drop_queued(self) -> None:
@@ -117,7 +115,7 @@ class ConfluentSink:
         with kafka_errors("Dropping what is queued"):
             producer.purge(in_queue=True, in_flight=False)
         if not self._inside_callback:
-            self._serve(producer, lambda: producer.poll(0))
+            self._serve(producer, partial(producer.poll, 0))
 
     def close(self, timeout_s: float = 10) -> None:
         """See Sink. An open transaction is aborted. What is not confirmed in time is dropped, with a warning."""
@@ -162,6 +160,12 @@ class ConfluentSink:
         if not member.joined:
             raise GroupError(
                 f"Offsets of {self._id} were not sent: the member has not joined its group; abort()",
+                extra={"abort": True},
+            )
+        foreign = [f"{p.topic}[{p.partition}]" for p in positions if (p.topic, p.partition) not in member.owned]
+        if foreign:
+            raise GroupError(
+                f"Offsets of {', '.join(foreign)} were not sent: the member does not own that any more; abort()",
                 extra={"abort": True},
             )
         offsets = to_offsets(positions)
@@ -211,7 +215,6 @@ class ConfluentSink:
     # -- callbacks: librdkafka calls these inside poll(), flush() and a transaction's calls; nothing may be raised ---
 
     def _deliver(self, on_delivery: DeliveryCallback, error: KafkaError | None, message: Message) -> None:
-        self._local.inside = True
         try:
             if error is None:
                 self._confirmed = True
@@ -222,8 +225,6 @@ class ConfluentSink:
             logger.exception("on_delivery %r raised", on_delivery)
         except BaseException as exc:  # noqa: BLE001 - raised again by the call that served this callback
             self._escaped = exc
-        finally:
-            self._local.inside = False
 
     def _unclaimed(self, error: KafkaError | None, message: Message) -> None:
         """For records that came without an on_delivery."""
@@ -252,6 +253,15 @@ class ConfluentSink:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _serving(self) -> Iterator[None]:
+        """Around calls that serve callbacks: another such call inside of one would crash confluent-kafka."""
+        self._local.inside = True
+        try:
+            yield
+        finally:
+            self._local.inside = False
+
     @property
     def _inside_callback(self) -> bool:
         return getattr(self._local, "inside", False)
@@ -272,7 +282,8 @@ class ConfluentSink:
     def _serve(self, producer: Producer, call: Callable[[], int]) -> int:
         """Run a call that serves callbacks."""
         try:
-            served = call()
+            with self._serving():
+                served = call()
         except KafkaException as exc:  # the client broke for good; the next produce() or begin() tells, or renews it
             logger.warning("The %s: %s", self._name, exc)
             served = 0
@@ -298,7 +309,7 @@ class ConfluentSink:
             raise TransportError(
                 f"The {self._name} has no room for more records: {len(producer)} wait to be confirmed", retriable=True
             )
-        self._serve(producer, lambda: producer.poll(0.05))
+        self._serve(producer, partial(producer.poll, 0.05))
 
     def _refused(self, error: KafkaError, record: OutRecord) -> Error:
         headers = sum(len(name) + len(value or b"") for name, value in record.headers)
@@ -324,7 +335,8 @@ class ConfluentSink:
     def _transaction_call(self, doing: str, call: Callable[[], Any]) -> None:
         producer = self._client()
         try:
-            call()
+            with self._serving():
+                call()
         except (KafkaException, RuntimeError) as exc:
             error = kafka_error(exc)
             if error is None:
@@ -351,11 +363,12 @@ class ConfluentSink:
         """Let go of a client; what is still in it is given up, and told so."""
         try:
             producer.purge()
-            self._serve(producer, lambda: producer.poll(0))
+            self._serve(producer, partial(producer.poll, 0))
             Aside().call(producer.close, _DESTROY_S)
         except TimeoutError:
             logger.warning("The %s did not end within %g s and is left behind", self._name, _DESTROY_S)
-        except (KafkaException, RuntimeError, RuntimeWarning) as exc:
+        except (KafkaException, RuntimeError, RuntimeWarning, SystemError) as exc:
+            # SystemError: what confluent-kafka 2.16 makes of a fatal error that it meets in close()
             logger.warning("Closing the %s: %s", self._name, exc)
 
 

@@ -44,6 +44,8 @@ class ConfluentMember:
     #: What confluent-kafka passes on; opaque.
     metadata: Any
     joined: bool
+    #: What it owned at that moment: brokers check the member, not whose the partition is.
+    owned: frozenset[tuple[str, int]] = frozenset()
 
 
 def to_offsets(positions: Sequence[Position]) -> list[TopicPartition]:
@@ -126,12 +128,8 @@ class ConfluentSource:
     def member(self) -> GroupMember:
         """See Source."""
         self._check_open()
-        with kafka_errors(f"Asking for the membership of group {self.group}"):
-            metadata = self._consumer.consumer_group_metadata()
-            joined = bool(self._consumer.memberid())
-        if isinstance(metadata, bytes) and metadata.startswith(_NOT_JOINED):
-            joined = False
-        return ConfluentMember(metadata, joined)
+        metadata, joined = self._membership()
+        return ConfluentMember(metadata, joined, frozenset(self._next))
 
     def close(self, timeout_s: float = 10) -> None:
         """See Source.
@@ -463,23 +461,39 @@ class ConfluentSource:
         partitions = [Partition(topic, n) for n in range(self._admin.partitions_of(topic))]
         return any(p.offset >= 0 for p in self.committed(partitions, self._rebalance_s))
 
-    def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._release(partitions, lambda listener: listener.on_revoke)
+    def _membership(self) -> tuple[Any, bool]:
+        """The group metadata of this moment, and whether it is that of a member."""
+        with kafka_errors(f"Asking for the membership of group {self.group}"):
+            metadata = self._consumer.consumer_group_metadata()
+            joined = bool(self._consumer.memberid())
+        return metadata, joined and not (isinstance(metadata, bytes) and metadata.startswith(_NOT_JOINED))
 
-    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self._release(partitions, lambda listener: listener.on_lost)
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        keys = [key for t in partitions if (key := (t.topic, t.partition)) in self._next]
+        if keys and self._listener is not None:
+            if self._is_put_out():
+                self._on_lost(consumer, partitions)
+                return
+            self._guarded(self._listener.on_revoke, [Partition(*key) for key in keys])
+        self._forget(keys)
 
-    def _release(
-        self,
-        partitions: list[TopicPartition],
-        told: Callable[[RebalanceListener], Callable[[Sequence[Partition]], None]],
-    ) -> None:
-        """Tell the listener, then forget. confluent-kafka completes the rebalance after the callback."""
-        gone = [Partition(t.topic, t.partition) for t in partitions if (t.topic, t.partition) in self._next]
-        if gone and self._listener is not None:
-            self._guarded(told(self._listener), gone)
-        for partition in partitions:
-            key = (partition.topic, partition.partition)
+    def _is_put_out(self) -> bool:
+        """Whether the group put this member out after the event was queued and before poll() came to it."""
+        try:
+            return not self._membership()[1]
+        except TransportError:
+            return False
+
+    def _on_lost(self, _consumer: Consumer, _partitions: list[TopicPartition]) -> None:
+        """The membership is lost, so all is; librdkafka may tell it in parts."""
+        keys = list(self._next)
+        if keys and self._listener is not None:
+            self._guarded(self._listener.on_lost, [Partition(*key) for key in keys])
+        self._forget(keys)
+
+    def _forget(self, keys: Iterable[tuple[str, int]]) -> None:
+        """After a callback that took partitions away; confluent-kafka completes the rebalance behind it."""
+        for key in keys:
             self._next.pop(key, None)
             self._lost.pop(key, None)
             self._paused.discard(key)

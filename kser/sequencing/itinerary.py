@@ -19,8 +19,7 @@ operation was composed by hand.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from kser.errors import ItineraryError
 from kser.results import Result
@@ -35,10 +34,12 @@ READS = (1,)
 #: Operations around one task. A class that builds itself as its own child would nest without end.
 MAX_DEPTH = 64
 
+#: The default of an optional object; nobody writes into it.
+_NONE: dict[str, Any] = {}
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One task still to run."""
+
+class Entry(NamedTuple):
+    """One task still to run, read from its form on the wire. Task.to_entry() writes that form."""
 
     uuid: str
     entrypoint: str
@@ -47,27 +48,13 @@ class Entry:
     topic: str | None = None
     #: Key of its message; None: that of its operation.
     key: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-    #: Children of an operation composed by hand; None: whoever reaches it builds them.
-    tasks: tuple["Entry", ...] | None = None
-
-    def dump(self) -> dict[str, Any]:
-        """The entry as it travels: what is empty is left out, but for params."""
-        data: dict[str, Any] = {"uuid": self.uuid, "entrypoint": self.entrypoint, "params": self.params}
-        if self.topic:
-            data["topic"] = self.topic
-        if self.key:
-            data["key"] = self.key
-        if self.metadata:
-            data["metadata"] = self.metadata
-        if self.tasks is not None:
-            data["tasks"] = [entry.dump() for entry in self.tasks]
-        return data
+    metadata: dict[str, Any] = _NONE
+    #: Children of an operation composed by hand, as they travel; None: whoever reaches it builds them.
+    tasks: Sequence[Mapping[str, Any]] | None = None
 
     @classmethod
     def load(cls, data: Any) -> Self:
         """The entry in ``data``. Raises ItineraryError."""
-        tasks = _get(data, "tasks", list, None)
         return cls(
             uuid=_get(data, "uuid", str),
             entrypoint=_get(data, "entrypoint", str),
@@ -75,12 +62,11 @@ class Entry:
             topic=_get(data, "topic", str, None),
             key=_get(data, "key", str, None),
             metadata=_get(data, "metadata", dict, {}),
-            tasks=None if tasks is None else tuple(cls.load(task) for task in tasks),
+            tasks=_get(data, "tasks", list, None),
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One operation under way. ``tasks`` are entries as they travel: only the first is ever looked into."""
 
     uuid: str
@@ -88,7 +74,7 @@ class Frame:
     params: dict[str, Any]
     topic: str | None = None
     key: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = _NONE
     tasks: Sequence[Mapping[str, Any]] = ()
 
     def dump(self) -> dict[str, Any]:
@@ -117,18 +103,16 @@ class Frame:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class End:
+class End(NamedTuple):
     """That an operation ended, told to a worker that knows its class."""
 
-    #: The task that ended last.
-    task: Entry
+    #: The task that ended last, as an entry on the wire.
+    task: Mapping[str, Any]
     #: Its status: SUCCESS or FAILED.
     status: str
 
 
-@dataclass(frozen=True, slots=True)
-class Itinerary:
+class Itinerary(NamedTuple):
     """The operations around a message and what is still to run of them. Immutable: every step gives a new one."""
 
     frames: tuple[Frame, ...] = ()
@@ -136,8 +120,8 @@ class Itinerary:
     run: int = 1
     #: True on the first message of an operation that a service launched: whoever runs it tells that it started.
     new: bool = False
-    #: Children that came with the message of an Operation.
-    children: tuple[Entry, ...] | None = None
+    #: Children that came with the message of an Operation: entries as they travel.
+    children: Sequence[Mapping[str, Any]] | None = None
     #: Key of the message's own task, when it has one: an Operation hands it on to its tasks.
     key: str | None = None
     end: End | None = None
@@ -162,11 +146,11 @@ class Itinerary:
                 f"{MAX_DEPTH}: does an operation build itself as its own task?",
                 extra={"uuid": frame.uuid, "entrypoint": frame.entrypoint},
             )
-        return replace(self, frames=(*self.frames, frame), children=None, key=None, end=None)
+        return self._replace(frames=(*self.frames, frame), children=None, key=None, end=None)
 
     def leave(self) -> Self:
         """Without the innermost operation."""
-        return replace(self, frames=self.frames[:-1], end=None)
+        return self._replace(frames=self.frames[:-1], end=None)
 
     def step(self) -> "tuple[Entry, Itinerary] | None":
         """The next task of the innermost operation and the itinerary of its message; None when all are done."""
@@ -174,12 +158,12 @@ class Itinerary:
         if not frame.tasks:
             return None
         entry = Entry.load(frame.tasks[0])
-        rest = replace(frame, tasks=frame.tasks[1:])
-        return entry, replace(self, frames=(*self.frames[:-1], rest), children=entry.tasks, key=entry.key, end=None)
+        rest = frame._replace(tasks=frame.tasks[1:])
+        return entry, self._replace(frames=(*self.frames[:-1], rest), children=entry.tasks, key=entry.key, end=None)
 
     def passed(self) -> Self:
         """One task further."""
-        return replace(self, position=self.position + 1, new=False)
+        return self._replace(position=self.position + 1, new=False)
 
     # -- where a message goes ----------------------------------------------------------------------------------------
 
@@ -189,7 +173,7 @@ class Itinerary:
 
     def key_of(self, entry: Entry | None = None) -> str | None:
         """Key of the entry's message: its own, else that of the operations around it, else the root's uuid."""
-        own = entry.key if entry is not None else self.key
+        own: str | None = entry.key if entry is not None else self.key
         if own:
             return own
         for frame in reversed(self.frames):
@@ -222,9 +206,9 @@ class Itinerary:
         if self.key:
             data["key"] = self.key
         if self.children is not None:
-            data["tasks"] = [entry.dump() for entry in self.children]
+            data["tasks"] = self.children
         if self.end is not None:
-            data["end"] = {"task": self.end.task.dump(), "status": self.end.status}
+            data["end"] = {"task": self.end.task, "status": self.end.status}
         return data
 
     @classmethod
@@ -252,7 +236,6 @@ class Itinerary:
                 "update the worker",
                 extra={"version": version, "reads": list(READS)},
             )
-        children = _get(data, "tasks", list, None)
         end = _get(data, "end", dict, None)
         return cls(
             frames=tuple(Frame.load(frame) for frame in _get(data, "ops", list, [])),
@@ -260,8 +243,8 @@ class Itinerary:
             run=_get(data, "run", int, 1),
             new=_get(data, "new", bool, False),
             key=_get(data, "key", str, None),
-            children=None if children is None else tuple(Entry.load(child) for child in children),
-            end=None if end is None else End(Entry.load(end.get("task")), _get(end, "status", str)),
+            children=_get(data, "tasks", list, None),
+            end=None if end is None else End(_get(end, "task", dict), _get(end, "status", str)),
         )
 
 

@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 from kser import results
@@ -60,8 +59,8 @@ class Operation(Task):
         super().__init__(uuid=uuid, params=params, status=status, result=result, metadata=metadata)
         if key:
             self.key = key
-        for task in tasks or ():
-            self.add_task(task)
+        if tasks:
+            self._add_tasks(tasks)
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -82,17 +81,23 @@ class Operation(Task):
 
     def add_task(self, task: Task) -> None:
         """Append ``task``. Raises ValidationError when it is no Task, or in the operation already."""
-        if not isinstance(task, Task):
-            raise ValidationError(
-                f"{self!r} cannot take a {type(task).__name__}: add instances of kser.sequencing.task.Task",
-                extra={"uuid": self.uuid, "type": type(task).__name__},
-            )
-        if task is self or any(task.uuid == other.uuid for other in self.tasks):
-            raise ValidationError(
-                f"{self!r} has a task with uuid {task.uuid} already: make a new {type(task).__name__} for each step",
-                extra={"uuid": self.uuid, "task": task.uuid},
-            )
-        self.tasks.append(task)
+        self._add_tasks((task,))
+
+    def _add_tasks(self, tasks: Sequence[Task]) -> None:
+        there = {task.uuid for task in self.tasks} | {self.uuid}
+        for task in tasks:
+            if not isinstance(task, Task):
+                raise ValidationError(
+                    f"{self!r} cannot take a {type(task).__name__}: add instances of kser.sequencing.task.Task",
+                    extra={"uuid": self.uuid, "type": type(task).__name__},
+                )
+            if task.uuid in there:
+                raise ValidationError(
+                    f"{self!r} has a task with uuid {task.uuid} already: make a new one for each step",
+                    extra={"uuid": self.uuid, "task": task.uuid},
+                )
+            there.add(task.uuid)
+        self.tasks += tasks
 
     def check_required_params(self) -> None:
         """Raise ValidationError for the first required parameter, own or of TASKS, that ``params`` does not have."""
@@ -135,8 +140,7 @@ class Operation(Task):
         """Add the computed tasks and finalize(). ``self.params`` holds ``{**params, **kwargs}`` afterwards."""
         tasks = self.compute_tasks(**kwargs)
         self.params = {**self.params, **kwargs}
-        for task in tasks:
-            self.add_task(task)
+        self._add_tasks(tasks)
         return self.finalize()
 
     # -- status ------------------------------------------------------------------------------------------------------
@@ -289,13 +293,13 @@ class Operation(Task):
 
     def _send_step(self, task: Task, result: Result | None, *, new: bool) -> Result:
         position = self.tasks.index(task)
-        entry = task.to_entry(self.home_topic())
+        topic = self.home_topic()
         itinerary = Itinerary(
-            frames=(self.frame(self.home_topic(), self.tasks[position + 1 :]),),
+            frames=(self.frame(topic, self.tasks[position + 1 :]),),
             position=position,
             new=new,
-            children=entry.tasks,
-            key=entry.key,
+            children=task.carried(task.own_topic() or topic),
+            key=task.key,
         )
         task.metadata = {**task.metadata, METADATA_KEY: itinerary.dump()}
         if isinstance(task, Operation):
@@ -308,7 +312,7 @@ class Operation(Task):
         The delivery's Result is in ``result`` afterwards. Raises ConfigurationError when there is no producer or topic.
         """
         if (self.tasks or self.key) and METADATA_KEY not in self.metadata:
-            itinerary = Itinerary(children=self._children(self.home_topic()), key=self.key)
+            itinerary = Itinerary(children=self.carried(self.home_topic()), key=self.key)
             self.metadata = {**self.metadata, METADATA_KEY: itinerary.dump()}
         self.result = self._transmit(None, None, None, _TIMEOUT_S)
         return self
@@ -331,19 +335,16 @@ class Operation(Task):
             topic=topic,
             key=self.key,
             metadata={k: v for k, v in self.metadata.items() if k != METADATA_KEY},
-            tasks=[task.to_entry(topic).dump() for task in tasks if task.status != Status.SUCCESS],
+            tasks=[task.to_entry(topic) for task in tasks if task.status != Status.SUCCESS],
         )
 
-    def to_entry(self, topic: str | None) -> Entry:
-        """The operation as an entry: its tasks travel along when it has any, else whoever reaches it builds them."""
-        return replace(super().to_entry(topic), tasks=self._children(self.own_topic() or topic))
+    def carried(self, topic: str | None) -> list[dict[str, Any]] | None:
+        """The tasks travel along when there are any, else whoever reaches the operation builds them."""
+        return [task.to_entry(topic) for task in self.tasks] if self.tasks else None
 
-    def _children(self, topic: str | None) -> tuple[Entry, ...] | None:
-        return tuple(task.to_entry(topic) for task in self.tasks) if self.tasks else None
-
-    def adopt(self, children: Sequence[Entry], find: Finder) -> None:
-        """Take over the children that travelled with this operation."""
-        self.tasks = [Task.from_entry(child, find) for child in children]
+    def adopt(self, children: Sequence[Mapping[str, Any]], find: Finder) -> None:
+        """Take over the children that travelled with this operation. Raises ItineraryError."""
+        self.tasks = [Task.from_entry(Entry.load(child), find) for child in children]
 
     def restore(self, kmsg: Message, find: Finder) -> None:
         """Take over the children in the message, if it has any. Raises ItineraryError."""

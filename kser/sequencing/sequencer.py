@@ -5,7 +5,8 @@ This is the sequence itself. It is the same for every delivery guarantee: whoeve
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kser import context, results
 from kser.controller import Controller
@@ -26,8 +27,7 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 900 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Outgoing:
+class Outgoing(NamedTuple):
     """A message to send, encoded already: what cannot be sent is found out while its task can still be failed."""
 
     topic: str
@@ -100,7 +100,7 @@ class Sequencer:
             try:
                 failure = operation.begin()
                 frame = operation.frame(operation_topic, operation.tasks)
-                inner = replace(around.enter(frame), new=False)
+                inner = around.enter(frame)._replace(new=False)
             except Exception as exc:  # noqa: BLE001 - user code built it
                 failure = results.from_exception(exc, operation.uuid)
         root = around.root.uuid if around.frames else operation.uuid
@@ -122,7 +122,7 @@ class Sequencer:
             if failure is None:
                 return out
         assert failure is not None
-        around = replace(around, new=False)
+        around = around._replace(new=False)
         self._operation_over(around, operation, self._fail(operation, failure), topic, out)
         return out
 
@@ -131,9 +131,9 @@ class Sequencer:
         out = Consequences()
         end = itinerary.end
         assert end is not None
-        task = Task.from_entry(end.task, self.controller.find)
+        task = Task.from_entry(Entry.load(end.task), self.controller.find)
         task.status, task.result = end.status, result
-        self._go_on(replace(itinerary, end=None), task, result, topic, out)
+        self._go_on(itinerary._replace(end=None), task, result, topic, out)
         return out
 
     def failed(self, task: Task | None, failure: Result, itinerary: Itinerary, topic: str) -> Consequences:
@@ -191,7 +191,7 @@ class Sequencer:
             frame = operation.frame(itinerary.innermost.topic, [following, *operation.tasks[at + 1 :]])
         except Exception as exc:  # noqa: BLE001 - user code
             return results.from_exception(exc, operation.uuid), False
-        extended = replace(itinerary, frames=(*itinerary.frames[:-1], frame))
+        extended = itinerary._replace(frames=(*itinerary.frames[:-1], frame))
         failure = self._send_next(extended, result, topic, out)
         return (result, True) if failure is None else (failure, False)
 
@@ -264,7 +264,8 @@ class Sequencer:
     def _hand_over_end(self, itinerary: Itinerary, task: Task, result: Result, out: Consequences) -> None:
         """Send the end of the innermost operation to its own topic, where a worker knows its class."""
         frame = itinerary.innermost
-        ended = replace(itinerary, end=End(replace(task.to_entry(frame.topic), tasks=None), _status(result)))
+        last = {k: v for k, v in task.to_entry(frame.topic).items() if k != "tasks"}
+        ended = itinerary._replace(end=End(last, _status(result)))
         metadata = {**frame.metadata, METADATA_KEY: ended.dump()}
         key = itinerary.key_of() or frame.uuid
         assert frame.topic is not None

@@ -2,8 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from kser import context, results
@@ -68,7 +67,7 @@ class Task(Entrypoint):
         result: Result | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        self.status: str = Status.parse(status)
+        self.status: str = Status.PENDING if status == "PENDING" else Status.parse(status)
         super().__init__(uuid=uuid, params=params, result=result, metadata=metadata)
 
     # -- execution ---------------------------------------------------------------------------------------------------
@@ -147,17 +146,24 @@ class Task(Entrypoint):
         """Where the task is sent when nobody says where."""
         return self.own_topic()
 
-    def to_entry(self, topic: str | None) -> Entry:
-        """The task as an entry of an itinerary, in an operation whose topic is ``topic``."""
+    def to_entry(self, topic: str | None) -> dict[str, Any]:
+        """The task as an entry of an itinerary, in an operation whose topic is ``topic``. What is empty is left out."""
+        entry: dict[str, Any] = {"uuid": self.uuid, "entrypoint": self.path, "params": self.params}
         own = self.own_topic()
-        return Entry(
-            uuid=self.uuid,
-            entrypoint=self.path,
-            params=self.params,
-            topic=own if own != topic else None,
-            key=self.key,
-            metadata=self.metadata,
-        )
+        if own is not None and own != topic:
+            entry["topic"] = own
+        if self.key:
+            entry["key"] = self.key
+        if self.metadata:
+            entry["metadata"] = self.metadata
+        carried = self.carried(own or topic)
+        if carried is not None:
+            entry["tasks"] = carried
+        return entry
+
+    def carried(self, topic: str | None) -> list[dict[str, Any]] | None:  # noqa: ARG002 - for operations
+        """Entries of the children that travel with this task's message. Only an Operation has any."""
+        return None
 
     @classmethod
     def from_entry(cls, entry: Entry, find: Finder) -> "Task":
@@ -175,8 +181,8 @@ class Task(Entrypoint):
             task.adopt(entry.tasks, find)
         return task
 
-    def adopt(self, children: Sequence[Entry], find: Finder) -> None:
-        """Take over the children that travelled with this task. Only an Operation has any."""
+    def adopt(self, children: Sequence[Mapping[str, Any]], find: Finder) -> None:
+        """Take over the entries of children that travelled with this task. Only an Operation has any."""
 
     def __repr__(self) -> str:
         return f"Task [{self.path}](uuid={self.uuid},status={self.status}, params={self.params})"
@@ -186,20 +192,20 @@ class UnregisteredTask(Task):
     """Stands for a task whose class this process does not know. It can be looked at and sent, not run."""
 
     entrypoint: str = ""
-    children: tuple[Entry, ...] | None = None
+    children: list[dict[str, Any]] | None = None
 
     @property
     def path(self) -> str:
         """The name its message has."""
         return self.entrypoint
 
-    def adopt(self, children: Sequence[Entry], find: Finder) -> None:  # noqa: ARG002
+    def adopt(self, children: Sequence[Mapping[str, Any]], find: Finder) -> None:  # noqa: ARG002
         """Keep the children, so that sending this task sends them along."""
-        self.children = tuple(children)
+        self.children = [dict(child) for child in children]
 
-    def to_entry(self, topic: str | None) -> Entry:
-        """The entry this task came from."""
-        return replace(super().to_entry(topic), tasks=self.children)
+    def carried(self, topic: str | None) -> list[dict[str, Any]] | None:  # noqa: ARG002 - they have theirs
+        """The children that came with it."""
+        return self.children
 
 
 def function_task(function: Callable[..., Any]) -> type[Task]:

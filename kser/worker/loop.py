@@ -35,6 +35,9 @@ _COMMIT_EVERY_S = 0.1
 _BACKOFF_S = 0.5
 #: Seconds between two "Consumer is paused" lines.
 _PAUSED_EVERY_S = 30
+#: A full worker leaves the client alone for this long before it pauses what it owns: a pause throws away what the
+#: client has fetched ahead, and short tasks make room before that.
+_JAM_S = 0.25
 #: Longest wait of one turn of the loop: how late a stop or a pause may be seen.
 _TURN_S = 0.2
 
@@ -167,6 +170,7 @@ class _Loop:
         self.retrying: list[_Pending] = []
         self.commit_due = 0.0
         self.paused_said = 0.0
+        self.polled = 0.0
         #: When the budget of a stop ends: draining and the last on_revoke() share it.
         self.stop_by = float("inf")
 
@@ -188,8 +192,13 @@ class _Loop:
         """One round: fetch unless there is enough, then settle what has ended. True when there was nothing to do."""
         self._throttle()
         busy = bool(self.in_flight or self.pending)
-        records = self.source.poll(0 if busy else _TURN_S, self.worker.max_poll_records)
-        self._take(records)
+        records: Sequence[Record] = ()
+        now = time.monotonic()
+        if self.in_flight < self.worker.max_in_flight or self.halted or now - self.polled > _JAM_S:
+            self.polled = now
+            self._halt(self.in_flight >= self.worker.max_in_flight or self.files.paused)
+            records = self.source.poll(0 if busy else _TURN_S, self.worker.max_poll_records)
+            self._take(records)
         self._collect(0.01 if self.in_flight else 0)
         self._settle()
         return bool(self.parts) and not (busy or records or self.in_flight or self.pending)
@@ -211,7 +220,7 @@ class _Loop:
             self.executor.submit(chunk)
 
     def _throttle(self) -> None:
-        """Halt fetching while paused or full; again for partitions that came since."""
+        """Obey the pause file, and tell what runs."""
         paused = self.files.paused
         if paused:
             self._say_paused()
@@ -219,15 +228,18 @@ class _Loop:
         else:
             self.paused_said = 0.0
             self.executor.release()
-        if paused or self.in_flight >= self.worker.max_in_flight:
-            more = set(self.parts) - self.halted
+        self.files.running(self.executor.doing)
+
+    def _halt(self, full: bool) -> None:
+        """Pause fetching what is owned, or let it go on: owned by the worker, and renewed after each rebalance."""
+        if full:
+            more = self.parts.keys() - self.halted
             if more:
                 self.source.pause(more)
                 self.halted |= more
         elif self.halted and self.in_flight <= self.worker.max_in_flight // 2:
-            self.source.resume(self.halted & set(self.parts))
+            self.source.resume(self.halted & self.parts.keys())
             self.halted.clear()
-        self.files.running(self.executor.doing)
 
     def _say_paused(self) -> None:
         now = time.monotonic()

@@ -67,8 +67,9 @@ class Broker:
     _delete_before: Callable[[Partition, int], object]
     #: Milliseconds since the epoch, by the clock that stamps the records.
     now_ms: Callable[[], int]
+    #: Writes what is there before a test looks.
+    _plain: Sink
     _opened: ExitStack = field(default_factory=ExitStack)
-    _plain: Sink | None = None
 
     def new_name(self, what: str) -> str:
         """A name that nobody has used before."""
@@ -114,7 +115,6 @@ class Broker:
     def send(self, topic: str, *values: bytes | None, key: bytes | None = b"k", partition: int | None = None) -> None:
         """Write records one after the other, without a transaction; they are there when this returns."""
         problems: list[object] = []
-        self._plain = self._plain or self.sink()
         for value in values:
             self._plain.produce(OutRecord(topic, key, value, partition=partition), problems.append)
         assert self._plain.flush(20) == 0
@@ -131,20 +131,6 @@ class Broker:
         self._opened.close()
 
 
-@pytest.fixture
-def broker_named(request: pytest.FixtureRequest) -> Iterator[Callable[[str], Broker]]:
-    """The broker of that name. Each test has its own topics and groups, and on memory a cluster of its own."""
-    made: list[Broker] = []
-
-    def make(name: str) -> Broker:
-        made.append(_memory() if name == "memory" else _kafka(name, request.getfixturevalue(name)))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
 def _memory() -> Broker:
     clock = FakeClock()
     transport = MemoryTransport(clock=clock, session_timeout_s=SESSION_S, transaction_timeout_s=TRANSACTION_S)
@@ -152,12 +138,28 @@ def _memory() -> Broker:
     def create(name: str, partitions: int) -> None:
         transport.admin().create([TopicSpec(name=name, partitions=partitions)])
 
-    return Broker("memory", transport, create, transport.delete_before, clock.time_ms)
+    return Broker("memory", transport, create, transport.delete_before, clock.time_ms, transport.sink())
 
 
-def _kafka(name: str, server: Any) -> Broker:
-    from kser.confluent.transport import ConfluentTransport
+@pytest.fixture(scope="session")
+def kafka_clients() -> Iterator[Callable[[str], tuple[Transport, Sink]]]:
+    """A transport of these bootstrap servers with a sink: one for all tests, its first record alone takes 0.5 s."""
+    made: dict[str, tuple[Transport, Sink]] = {}
 
+    def clients(servers: str) -> tuple[Transport, Sink]:
+        if servers not in made:
+            from kser.confluent.transport import ConfluentTransport
+
+            transport = ConfluentTransport({"bootstrap.servers": servers, **QUICK})
+            made[servers] = (transport, transport.sink())
+        return made[servers]
+
+    yield clients
+    for _, sink in made.values():
+        sink.close()
+
+
+def _kafka(name: str, server: Any, transport: Transport, sink: Sink) -> Broker:
     def delete_before(partition: Partition, offset: int) -> None:
         from confluent_kafka import TopicPartition
 
@@ -165,8 +167,26 @@ def _kafka(name: str, server: Any) -> Broker:
         for future in server.admin.delete_records([target]).values():
             future.result(20)
 
-    transport = ConfluentTransport({"bootstrap.servers": server.bootstrap_servers, **QUICK})
-    return Broker(name, transport, server.create_topic, delete_before, lambda: time.time_ns() // 1_000_000)
+    return Broker(name, transport, server.create_topic, delete_before, lambda: time.time_ns() // 1_000_000, sink)
+
+
+@pytest.fixture
+def broker_named(
+    request: pytest.FixtureRequest, kafka_clients: Callable[[str], tuple[Transport, Sink]]
+) -> Iterator[Callable[[str], Broker]]:
+    """The broker of that name. Each test has its own topics and groups, and on memory a cluster of its own."""
+    with ExitStack() as closing:
+
+        def make(name: str) -> Broker:
+            if name == "memory":
+                made = _memory()
+            else:
+                server = request.getfixturevalue(name)
+                made = _kafka(name, server, *kafka_clients(server.bootstrap_servers))
+            closing.callback(made.close)
+            return made
+
+        yield make
 
 
 _EMBEDDED = pytest.param("embedded", marks=pytest.mark.embedded)

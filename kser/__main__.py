@@ -1,0 +1,6 @@
+"""``python -m kser``: the command ``kser``."""
+
+from kser.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""``kser launch``: build an operation and send it on its way, and follow it to its end."""
+
+from typing import Any
+
+import click
+
+from kser import results
+from kser.cli.connection import Connection
+from kser.cli.errors import CommandFailed, where
+from kser.cli.load import find_class, load
+from kser.cli.options import (
+    example,
+    format_option,
+    group_option,
+    kafka_options,
+    key_option,
+    log_level_option,
+    option,
+    params_option,
+    registry_argument,
+    topic_option,
+)
+from kser.cli.send import NO_TOPIC, tell_sent
+from kser.cli.watch import Deadline, watch
+from kser.entry import Entrypoint, wire_name
+from kser.errors import ConfigurationError, Error
+from kser.events import events_topic
+from kser.results import Result
+from kser.schemas import Message
+from kser.sequencing.operation import Operation
+from kser.sequencing.registry import OperationRegistry
+from kser.sequencing.task import MessageSender, Task
+
+__all__ = ["launch"]
+
+#: Longest wait for the broker's confirmation when --timeout is longer, or not given.
+_CONFIRMED_S = 60.0
+
+
+@click.command(
+    "launch",
+    short_help="Launch an operation, and watch it advance.",
+    epilog=example(
+        'kser launch shop.tasks:registry Order --topic shop --params \'{"order": "A7", "amount": 12}\' --watch',
+        "kser launch app.py Order --topic shop --params @order.json --watch --timeout 600 --format json",
+    ),
+)
+@registry_argument
+@click.argument("operation")
+@topic_option
+@params_option
+@key_option
+@option("--watch", "follow", is_flag=True, help="Show its steps, and end when it ends: exit code 0 on SUCCESS, else 1.")
+@group_option
+@option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Give up after so long; the operation goes on without.  [default: 60 to be sent, then no limit]",
+)
+@kafka_options
+@format_option
+@log_level_option("warning")
+def launch(
+    registry: str,
+    operation: str,
+    topic: str | None,
+    params: dict[str, Any],
+    key: str | None,
+    follow: bool,
+    group: str | None,
+    timeout: float | None,
+    connection: Connection,
+    output: str,
+) -> None:
+    """Build OPERATION and send its first task; the workers of --group do the rest.
+
+    OPERATION is a name that `kser tasks` shows, or just the name of its class. A task is sent as it is.
+    """
+    loaded = load(registry)
+    if (default := connection.topic(topic)) is not None:
+        loaded.configure(topic=default)
+    made = _build(find_class(loaded, operation), params, key)
+    target = _target(made, loaded)
+    deadline = Deadline(timeout)
+    if not follow:
+        tell_sent(made.uuid, made.path, target, _send(made, loaded, connection, target, deadline), output)
+        return
+    named = connection.group(group)
+    reader = connection.transport().reader([events_topic(named)], start="end")  # before the first event can come
+    try:
+        sent = _send(made, loaded, connection, target, deadline)
+        if not results.is_success(sent) or output != "json":
+            tell_sent(made.uuid, made.path, target, sent, output)
+        watch(reader, made.uuid, made.path, group=named, topic=target, deadline=deadline, output=output)
+    finally:
+        reader.close()
+
+
+def _build(cls: type[Entrypoint], params: dict[str, Any], key: str | None) -> Entrypoint:
+    """The task or operation, ready to be sent. Raises ValidationError for a missing parameter."""
+    try:
+        made = cls(params=params)
+        if isinstance(made, Task) and key:
+            made.key = key
+        if isinstance(made, Operation):
+            made.build()
+        else:
+            made.check_required_params()
+    except Error:
+        raise
+    except Exception as exc:  # user code
+        raise CommandFailed(f"{wire_name(cls)} cannot be built: {where(exc)}: {type(exc).__name__}: {exc}") from exc
+    if isinstance(made, Operation) and not made.tasks:
+        raise CommandFailed(f"{made.path} has nothing to do: its build_tasks() gave no task")
+    if not results.is_success(made.result):  # its postinit() raised
+        raise CommandFailed(f"{made.path} cannot be built: {made.result.stderr}")
+    return made
+
+
+def _target(made: Entrypoint, registry: OperationRegistry) -> str:
+    """Where the first message goes."""
+    first = made.tasks[0] if isinstance(made, Operation) else made
+    topic = first.home_topic() if isinstance(first, Task) else registry.topic
+    if topic is None:
+        raise ConfigurationError(NO_TOPIC)
+    return topic
+
+
+def _send(
+    made: Entrypoint, registry: OperationRegistry, connection: Connection, topic: str, deadline: Deadline
+) -> Result:
+    timeout = min(_CONFIRMED_S, deadline.left)
+    with connection.producer() as producer:
+        if isinstance(made, Operation):
+            registry.configure(producer=_Within(producer, timeout))
+            return made.launch()
+        return producer.send(topic, made.to_Message(), timeout, key=made.key if isinstance(made, Task) else None)
+
+
+class _Within:
+    """A producer that waits no longer than --timeout: launch() itself takes none. Implements MessageSender."""
+
+    def __init__(self, producer: MessageSender, timeout: float) -> None:
+        self._producer = producer
+        self._timeout = timeout
+
+    def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
+        """As the producer, within the shorter time."""
+        return self._producer.send(topic, kmsg, min(timeout, self._timeout), key=key)
