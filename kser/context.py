@@ -104,7 +104,8 @@ def random_uuid() -> str:
 _random: list[str] = []
 _DRAWN = 128
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
-os.register_at_fork(after_in_child=_random.clear)  # or parent and child would go on with the same
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=_random.clear)  # or parent and child would go on with the same
 
 
 def derive_uuid(parent: str, position: int) -> str:
@@ -112,5 +113,5 @@ def derive_uuid(parent: str, position: int) -> str:
     try:
         namespace = uuids.UUID(parent)
     except ValueError:
-        namespace = uuids.uuid5(uuids.NAMESPACE_OID, parent)
+        namespace = uuids.uuid5(uuids.NAMESPACE_OID, parent.encode("utf-8", "backslashreplace").decode())
     return str(uuids.uuid5(namespace, str(position)))

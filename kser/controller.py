@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import orjson
 
 from kser import results
-from kser.entry import Entrypoint
+from kser.entry import Entrypoint, result_extra
 from kser.errors import EntrypointNotFoundError, Error, ValidationError
 from kser.masking import mask
 from kser.results import Result
@@ -82,7 +82,7 @@ class BaseController:
             kmsg.entrypoint,
             kmsg.uuid,
             result,
-            extra={"kmsg": mask(kmsg.dump()), "kresult": mask(results.dump(result))},
+            extra={"kmsg": mask(kmsg.dump())} | result_extra(result),
         )
 
     @classmethod
@@ -169,7 +169,8 @@ class Controller(BaseController):
     def reject(cls, raw: str | bytes | None, exc: Exception) -> Result:
         """The failed Result of something that is no message, after logging it."""
         result = results.from_exception(exc, "")
-        uuid = getattr(exc, "extra", {}).get("uuid")
+        extra = getattr(exc, "extra", None)
+        uuid = extra.get("uuid") if isinstance(extra, dict) else None
         result.uuid = uuid if isinstance(uuid, str) and uuid else Result().uuid
         why = f"{exc} {exc.extra}" if isinstance(exc, Error) and exc.extra else exc
         cls._logger.error(

@@ -20,6 +20,17 @@ logger = logging.getLogger(__name__)
 Finder = Callable[[str], "type[Entrypoint] | None"]
 
 
+def result_extra(result: Result) -> dict[str, Any]:
+    """What a log record says of a Result: ``kresult``, and ``error`` when it failed with one. Secrets are masked."""
+    shown = mask(results.dump(result))
+    extra = {"kresult": shown}
+    if not results.is_success(result) and isinstance(shown, dict) and isinstance(shown["retval"], dict):
+        error = shown["retval"].get("error")
+        if error is not None:
+            extra["error"] = error
+    return extra
+
+
 class EntrypointMeta(type):
     """Gives every entrypoint class its ``path``."""
 
@@ -260,7 +271,7 @@ class Entrypoint(metaclass=EntrypointMeta):
             prefix = prefix.replace("%", "%%")
         kwargs["extra"] = self._extra() | (kwargs.get("extra") or {})
         kwargs.setdefault("stacklevel", 2)
-        self._message_logger.log(level, prefix + message, *args, **kwargs)
+        self._message_logger.log(level, f"{prefix}{message}", *args, **kwargs)
 
     def _label(self) -> str:
         return "MESSAGE"
@@ -268,9 +279,7 @@ class Entrypoint(metaclass=EntrypointMeta):
     def _extra(self, result: Result | None = None) -> dict[str, Any]:
         extra: dict[str, Any] = {"kmsg": mask(self.to_Message().dump())}
         if result is not None:
-            extra["kresult"] = mask(results.dump(result))
-            if result.retcode != 0 and "error" in result.retval:
-                extra["error"] = result.retval["error"]
+            extra |= result_extra(result)
         return extra
 
     def _debug(self, step: str) -> None:

@@ -4,6 +4,7 @@ They follow from settling, are keyed by the operation, and order by (run, positi
 again is the same but for ``at`` and ``worker``, so readers drop what they have seen: see History.
 """
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from kser import results
 from kser.errors import ValidationError
 from kser.masking import mask
 from kser.results import Result
+from kser.schemas import parse
 from kser.transport import Reader, Record
 
 __all__ = ["Event", "EventType", "OperationView", "events_topic", "follow"]
@@ -142,7 +144,7 @@ class Event(NamedTuple):
     def loads(cls, raw: bytes | None) -> Self:
         """The event in a record's value. Raises ValidationError when it is none."""
         try:
-            data = orjson.loads(raw or b"")
+            data = parse(raw or b"")
             result = data.get("result")
             return cls(
                 type=data["type"],
@@ -167,7 +169,7 @@ def _encode(data: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(data)
     except TypeError:
-        return orjson.dumps(data, default=repr, option=orjson.OPT_NON_STR_KEYS)
+        return json.dumps(results.json_safe(data), separators=(",", ":")).encode()
 
 
 def follow(reader: Reader, timeout_s: float | None = None) -> Iterator[Event]:

@@ -13,7 +13,7 @@ from kser.controller import BaseController
 from kser.errors import ConfigurationError, DeliveryError, Error, ValidationError
 from kser.results import Result
 from kser.schemas import Message
-from kser.sequencing.itinerary import message_key
+from kser.sequencing.itinerary import key_bytes, message_key
 from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, encode
 from kser.transport import OutRecord, Sink
 
@@ -60,6 +60,8 @@ class _Shipment:
         self.result = Result(uuid=kmsg.uuid, retcode=results.ACCEPTED)
 
     def delivered(self, error: Error | None) -> None:
+        if self.done:
+            return  # told too late: it counts as not confirmed
         self.error = error
         self.done = True
         self.opened.discard(self)
@@ -91,7 +93,7 @@ class BaseProducer(BaseController):
         self._opened: set[_Shipment] = set()
         #: Nobody overrode the hooks that get the message once it is sent.
         self._plain = all(
-            getattr(type(self), hook).__func__ is getattr(BaseController, hook).__func__
+            getattr(getattr(type(self), hook), "__func__", None) is getattr(BaseController, hook).__func__
             for hook in ("onsuccess", "onerror")
         )
 
@@ -214,7 +216,7 @@ class BaseProducer(BaseController):
         if not isinstance(shipment.topic, str) or not shipment.topic:
             raise ValidationError(f"No topic for message {kmsg.entrypoint}[{kmsg.uuid}]: name one")
         value = encode(kmsg, self._limit)
-        record = OutRecord(shipment.topic, (key or message_key(kmsg)).encode(), value)
+        record = OutRecord(shipment.topic, key_bytes(key or message_key(kmsg)), value)
         self._opened.add(shipment)
         try:
             self._sink.produce(record, shipment.delivered)

@@ -64,7 +64,7 @@ def _as_error(exc: BaseException, uuid: str) -> Error:
     if isinstance(exc, Error):
         return exc
     if isinstance(exc, SchemaError):
-        fields = dict(exc.normalized_messages())
+        fields = exc.messages if isinstance(exc.messages, dict) else {"_schema": exc.messages}
         return ValidationError(f"Invalid field(s) value: {', '.join(map(str, fields))}", extra=fields)
     name = type(exc).__name__
     try:

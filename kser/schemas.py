@@ -154,9 +154,9 @@ class Message:
         return raw
 
     def sent_as(self, transport: "type[Message]") -> "Message":
-        """This message as one of class ``transport``, which decides how it is written; itself when it is one of its own.
+        """This message as one of class ``transport``, the Controller.TRANSPORT that will read it.
 
-        For Controller.TRANSPORT: what a plain Message holds is written the way the controller reads it.
+        A message that is of a class of its own stays what it is: whoever made it chose how it is written.
         """
         if type(self) is not Message or transport is Message:
             return self
@@ -204,9 +204,9 @@ def parse(json_data: str | bytes) -> Any:
 
     Reads what kser and its predecessors write: whole numbers of any size, lone surrogates.
     """
+    if not isinstance(json_data, (str, bytes, bytearray, memoryview)):
+        raise ValidationError("Failed to load message", extra={"_schema": [f"Not text: {type(json_data).__name__}"]})
     try:
-        if not isinstance(json_data, (str, bytes, bytearray, memoryview)):
-            raise TypeError(f"{type(json_data).__name__} given, expected str or bytes")
         raw = json_data.encode() if isinstance(json_data, str) else bytes(json_data)
         if _BIG_NUMBER not in raw.translate(_DIGITS):
             return orjson.loads(raw)

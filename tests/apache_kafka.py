@@ -7,6 +7,7 @@ killed: tests/keeper.py.
 
 import argparse
 import base64
+import contextlib
 import json
 import os
 import random
@@ -111,14 +112,20 @@ class Keeper:
     def call(self, name: str, *args: Any) -> Any:
         assert self._process.stdin is not None
         with self._lock:
-            self._process.stdin.write(json.dumps({"call": name, "args": args}).encode() + b"\n")
+            # A keeper that is gone is told of by _answer(), with its exit code.
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.write(json.dumps({"call": name, "args": args}).encode() + b"\n")
             return self._answer()
 
     def close(self) -> None:
         """End what it keeps. A second call does nothing."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        # Its stdin ending is enough to make it end; the pid is gone when everything else is.
+        if self._process.stdin.closed:
+            return
+        # The end of its stdin is not enough: a process that this one has forked may hold a copy.
+        with contextlib.suppress(OSError, KafkaStartError):
+            self.call("close")
         self._process.stdin.close()
         try:
             self._process.wait(ANSWER_TIMEOUT_S)
@@ -281,7 +288,7 @@ class ApacheKafka:
         for node in range(1, self.nodes + 1):
             self._wait_formatted(node, deadline)
             self._spawn(node)
-        # Delivery of its log lines is off: a node that is killed on purpose is no news, and stderr is the test's.
+        # It logs nothing: a node that is killed on purpose is no news, and stderr is the test's.
         self.admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
         self._wait_whole(deadline)
         self._wait_coordinators(deadline)
@@ -504,7 +511,7 @@ def _run(nodes: int, port: int | None) -> int:
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     # Once is enough: a second Ctrl-C must not break off the clean end of the first.
     for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)
+        signal.signal(other, lambda *_: None)
     raise SystemExit(0)
 
 

@@ -60,6 +60,8 @@ class Keeper:
         fcntl.flock(self.lock, fcntl.LOCK_EX)
 
     def spawn(self, name: str, command: list[str], log: str) -> int:
+        if name in self.processes and self.processes[name].poll() is None:
+            raise FileExistsError(f"{name} runs already, pid {self.processes[name].pid}")
         with Path(log).open("ab") as output:
             self.processes[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, preexec_fn=self.prepare

@@ -62,6 +62,7 @@ def worker(bootstrap: str, topic: str, group: str, log: Path, name: str, app: st
     return process(
         *("-m", "kser", "worker", app, "--topics", topic, "--group", group, "--name", name, "--drain", "10"),
         *("--bootstrap-servers", bootstrap),
+        *("-X", "session.timeout.ms=6000", "-X", "heartbeat.interval.ms=1000"),  # a killed member is missed soon
         log=log,
     )
 

@@ -76,15 +76,15 @@ def demo(operations: int, workers: int, output: str) -> None:
         _terminable(),
         EmbeddedBroker({TOPIC: PARTITIONS, events_topic(GROUP): PARTITIONS}) as broker,
         _Crew(broker.bootstrap_servers, names) as crew,
-        view.playing(broker.bootstrap_servers),
     ):
-        _play(broker.bootstrap_servers, crew, view, deadline)
-    failed = [game for game in view.games if game.status != Status.SUCCESS]
-    if failed:
-        raise CommandFailed(
-            f"{len(failed)} of {operations} operations failed, the first: {describe_failure(failed[0])}"
-        )
-    view.summary()
+        with view.playing(broker.bootstrap_servers):
+            _play(broker.bootstrap_servers, crew, view, deadline)
+        failed = [game for game in view.games if game.status != Status.SUCCESS]
+        if failed:
+            raise CommandFailed(
+                f"{len(failed)} of {operations} operations failed, the first: {describe_failure(failed[0])}"
+            )
+        view.summary()
 
 
 def _choose_view(output: str, operations: int, workers: Sequence[str]) -> DemoView:

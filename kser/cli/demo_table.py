@@ -66,9 +66,11 @@ class TableView(DemoView):
         for number, game in enumerate(shown, first + 1):
             table.add_row(str(number), *self._rolls(game), *self._end(game))
         ended = sum(game.ended for game in self.games)
+        hidden = f" (shown: {first + 1} to {first + len(shown)})" if len(shown) < len(self.games) else ""
+        said = f"{ended} of {len(self.games)} operations have ended{hidden}"
         if ended == len(self.games):
-            return Group(table)
-        self._spinner.update(text=f"{ended} of {len(self.games)} operations have ended")
+            return Group(table, Text(f"\n{said}", style="dim")) if hidden else Group(table)
+        self._spinner.update(text=said)
         return Group(table, Text(), self._spinner)
 
     def _window(self) -> tuple[Sequence[OperationView], int]:

@@ -16,10 +16,10 @@ __all__ = ["ROLLS", "DemoView", "JsonView"]
 ROLLS = 3
 
 _NEXT = (
-    ("kser tasks kser.cli.dice:registry", "what these workers had registered"),
-    ("kser broker --topic shop:6", "a broker to play with; it prints its address"),
-    ("kser worker app.py:registry --topics shop", "your own tasks, in as many terminals as you like"),
-    ("kser launch app.py:registry Order --topic shop --watch", "an operation, followed to its end"),
+    ("kser tasks kser.cli.dice:registry", "what these workers ran"),
+    ("kser broker --topic shop:6", "a broker to play with"),
+    ("kser worker app.py --topics shop", "your own tasks"),
+    ("kser launch app.py Order --topic shop --watch", "an operation, to its end"),
 )
 
 
@@ -74,8 +74,11 @@ class DemoView:
     def summary(self) -> None:
         """All of them have ended well."""
         click.echo()
-        click.echo(self.result_line())
-        click.echo("Each roll was a Kafka message, and its result sent the next one: nothing else drives the sequence.")
+        counted = self.shares()
+        rolls = sum(counted.values())
+        click.secho(f"All {len(self.games)} operations SUCCESS: {rolls} rolls in {self._took:.1f} s", bold=True)
+        click.echo("Rolled by " + ", ".join(f"{name}: {counted[name]}" for name in self.workers))
+        click.echo("Each roll was a Kafka message; its result sent the next one.")
         click.echo("\nWhat next:")
         width = max(len(command) for command, _ in _NEXT)
         for command, what in _NEXT:
@@ -84,16 +87,8 @@ class DemoView:
     def title(self, bootstrap_servers: str) -> str:
         """What is going to happen."""
         return (
-            f"{self.operations} games of {ROLLS} dice, {len(self.workers)} worker processes, and a Kafka broker in "
-            f"memory on {bootstrap_servers}"
-        )
-
-    def result_line(self) -> str:
-        """What has happened."""
-        counted = self.shares()
-        shares = ", ".join(f"{name} rolled {counted[name]}" for name in self.workers)
-        return (
-            f"All {len(self.games)} operations SUCCESS: {sum(counted.values())} rolls in {self._took:.1f} s ({shares})"
+            f"{self.operations} games of {ROLLS} dice, {len(self.workers)} workers, a Kafka broker in memory on "
+            f"{bootstrap_servers}"
         )
 
     def shares(self) -> Counter[str]:

@@ -2,14 +2,16 @@
 
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
+from types import FrameType
 
 import click
 
 from kser.errors import ConfigurationError, Error, ValidationError
 
-__all__ = ["FAILED", "MISUSE", "CommandFailed", "debugging", "explain", "where"]
+__all__ = ["FAILED", "MISUSE", "CommandFailed", "debugging", "explain", "interrupt", "where"]
 
 #: Exit code of what was tried and did not work.
 FAILED = 1
@@ -29,9 +31,21 @@ def debugging() -> bool:
     return os.environ.get("KSER_DEBUG", "").lower() not in ("", "0", "false", "no")
 
 
+_interrupted = threading.Event()
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface of signal handlers
+    """Handler of SIGINT: Python's own, but that explain() knows of it when the exception is lost on its way.
+
+    Source: confluent-kafka 2.16, a flush() interrupted by a signal raises SystemError instead of what the handler did.
+    """
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
 def explain(exc: BaseException) -> int:
     """Tell ``exc`` on stderr; the exit code it means."""
-    if isinstance(exc, (KeyboardInterrupt, click.Abort)):
+    if isinstance(exc, (KeyboardInterrupt, click.Abort)) or _interrupted.is_set():
         return INTERRUPTED
     if debugging():
         traceback.print_exception(exc)

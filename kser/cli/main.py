@@ -25,7 +25,7 @@ __all__ = ["cli", "main"]
 class _Group(click.Group):
     """Tells each error in one line, and ends with an exit code that means something."""
 
-    def main(  # type: ignore[override]  # click tells by overloads that it does not return in standalone mode
+    def main(
         self,
         args: Sequence[str] | None = None,
         prog_name: str | None = None,
@@ -74,6 +74,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 @click.group(
     cls=_Group,
     invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog=example(
         "kser demo",

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,18 +129,22 @@ class JsonObject(click.ParamType):  # type: ignore[type-arg]  # not generic befo
     def _read(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         try:
             if value == "-":
-                return click.get_text_stream("stdin").read(), "standard input"
+                return _standard_input().decode("utf-8"), "standard input"
             if value.startswith("@"):
                 return Path(value[1:]).read_text("utf-8"), value[1:]
         except OSError as exc:
             self.fail(f"{value[1:] or 'standard input'} cannot be read: {exc.strerror or exc}", param, ctx)
         except UnicodeDecodeError as exc:
-            self.fail(f"{value[1:] or 'standard input'} is not UTF-8 text: {exc}", param, ctx)
+            self.fail(f"{value[1:] or 'standard input'} is not UTF-8 text: {exc.reason} at {exc.start}", param, ctx)
         return value, "it"
 
     @staticmethod
     def _refuse(constant: str) -> None:
         raise ValueError(f"JSON has no {constant}")
+
+
+def _standard_input() -> bytes:
+    return sys.stdin.buffer.read() if sys.stdin is not None else b""
 
 
 def _kind(data: Any) -> str:

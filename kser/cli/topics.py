@@ -52,7 +52,12 @@ def _topic_options(command: Function) -> Function:
     return command
 
 
-@click.group("topics", invoke_without_command=True, short_help="Create or check the topics of a group.")
+@click.group(
+    "topics",
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
+    short_help="Create or check the topics of a group.",
+)
 @click.pass_context
 def topics(ctx: click.Context) -> None:
     """Create or check the topics of a group: those its tasks are sent to, and its own ({group}.events)."""

@@ -1,10 +1,11 @@
 """ConfluentAdmin: the topics of a Kafka cluster."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from confluent_kafka import KafkaError
@@ -27,8 +28,12 @@ __all__ = ["ConfluentAdmin"]
 _MOCK_PREFIX: Final = "mockCluster"
 #: Longest wait for answers that are needed inside other calls.
 _LOOK_S: Final = 5.0
-#: Seconds between two looks whether a new topic has come.
+#: Longest single question, so that a refusal or another broker is noticed before the whole time is over.
+_QUESTION_S: Final = 1.0
+#: Seconds between two questions while there is no answer.
 _AGAIN_S: Final = 0.05
+
+_SILENCE: Final = ("_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE")
 
 _T = TypeVar("_T")
 
@@ -42,7 +47,8 @@ class ConfluentAdmin:
 
     def __init__(self, user: Mapping[str, Any]) -> None:
         self._config = admin_config(user)
-        self._state = ClientState("admin client", str(user["bootstrap.servers"]))
+        self._brokers = str(user["bootstrap.servers"])
+        self._state = ClientState("admin client", self._brokers)
         # Kept for as long as this lives: futures of a client that was collected end with _DESTROY.
         self._client = new_client(AdminClient, self._config, self._state)
         self._cluster_id = ""
@@ -50,8 +56,8 @@ class ConfluentAdmin:
     def cluster_id(self, timeout_s: float = 10) -> str:
         """See TopicAdmin. Asked once, then remembered. ConfigurationError when the brokers refuse this client."""
         if not self._cluster_id:
-            with self._asking("Asking for the cluster's name"):
-                self._cluster_id = self._client.cluster_id(timeout_s) or ""
+            end = time.monotonic() + timeout_s
+            self._cluster_id = self._ask("Asking for the cluster's name", self._client.cluster_id, end) or ""
         return self._cluster_id
 
     def can_create(self, timeout_s: float = 10) -> bool:
@@ -110,10 +116,10 @@ class ConfluentAdmin:
         """Ask about these so that a broker which makes topics when asked makes them, as the embedded one does."""
         missing = [topic for topic in topics if not self.partitions_of(topic)]
         if missing:
-            asking = new_client(AdminClient, self._config | {"allow.auto.create.topics": True}, self._state)
+            maker = new_client(AdminClient, self._config | {"allow.auto.create.topics": True}, self._state)
             for topic in missing:
-                with self._asking(f"Making topic {topic}"):
-                    asking.list_topics(topic, timeout=_LOOK_S)
+                end = time.monotonic() + _LOOK_S
+                self._ask(f"Making topic {topic}", partial(maker.list_topics, topic), end)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -121,8 +127,7 @@ class ConfluentAdmin:
         """One topic, or None when there is none of this name. Waits while it is being made."""
         doing = f"Looking at topic {name}"
         while True:
-            with self._asking(doing):
-                topic = self._client.list_topics(name, timeout=_left(end)).topics.get(name)
+            topic = self._ask(doing, partial(self._client.list_topics, name), end).topics.get(name)
             error = topic.error if topic is not None else None
             if topic is None or (error is not None and error.code() == KafkaError.UNKNOWN_TOPIC_OR_PART):
                 return None
@@ -130,8 +135,8 @@ class ConfluentAdmin:
                 return topic
             if error is not None and error.code() != KafkaError.LEADER_NOT_AVAILABLE:
                 raise translate(error, doing)
-            if time.monotonic() > end:
-                raise unanswered(doing, 0) if error is None else translate(error, doing)
+            if time.monotonic() >= end:
+                raise TransportError(f"{doing}: it has no leader yet", retriable=True)
             time.sleep(_AGAIN_S)
 
     def _settings(self, names: Iterable[str], end: float) -> dict[str, dict[str, str]]:
@@ -176,6 +181,20 @@ class ConfluentAdmin:
                 return answer.result(_left(end) + _LOOK_S)  # its request has a timeout of its own, which says more
             except FutureTimeoutError:
                 raise unanswered(doing, _left(end) + _LOOK_S) from None
+
+    def _ask(self, doing: str, question: Callable[[float], _T], end: float) -> _T:
+        """The answer to a question that takes a timeout, asked again until ``end`` while nobody answers."""
+        started = time.monotonic()
+        while True:
+            try:
+                with self._asking(doing):
+                    return question(min(_left(end), _QUESTION_S))
+            except TransportError as exc:
+                if exc.extra.get("kafka_error") not in _SILENCE:
+                    raise
+                if time.monotonic() >= end:
+                    raise unanswered(f"{doing} at {self._brokers}", end - started) from exc
+            time.sleep(_AGAIN_S)
 
     @contextmanager
     def _asking(self, doing: str) -> Iterator[None]:

@@ -154,7 +154,7 @@ def kafka_errors(doing: str, *, strict: bool = False, **extra: Any) -> Iterator[
 
 def unanswered(doing: str, timeout_s: float, *, retriable: bool = True) -> TransportError:
     """The error for a call that got no answer in its time."""
-    return TransportError(f"{doing}: no answer from the broker within {timeout_s:g} s", retriable=retriable)
+    return TransportError(f"{doing}: no answer from the broker within {timeout_s:.3g} s", retriable=retriable)
 
 
 def _sentence(error: KafkaError) -> str:

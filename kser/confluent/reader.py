@@ -25,6 +25,8 @@ _GROWN_EVERY_S: Final = 5.0
 _OPEN_S: Final = 10.0
 _LOOK_S: Final = 2.0
 _CLOSE_S: Final = 5.0
+#: Seconds between two tries of a question that a broker cannot answer yet.
+_AGAIN_S: Final = 0.05
 
 
 class ConfluentReader:
@@ -198,11 +200,20 @@ class ConfluentReader:
 
     def _watermarks(self, topic: str, partition: int, timeout_s: float) -> tuple[int, int]:
         doing = f"Looking for the end of {topic}[{partition}]"
-        with kafka_errors(doing):
-            found = self._client().get_watermark_offsets(TopicPartition(topic, partition), timeout=timeout_s)
-        if found is None:
-            raise unanswered(doing, timeout_s)
-        return found
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                with kafka_errors(doing):
+                    found = self._client().get_watermark_offsets(TopicPartition(topic, partition), timeout=_left(end))
+            except TransportError as exc:
+                # A partition that was made a moment ago has no leader yet that every broker knows of.
+                if not exc.retriable or time.monotonic() >= end:
+                    raise
+                time.sleep(_AGAIN_S)
+                continue
+            if found is None:
+                raise unanswered(doing, timeout_s)
+            return found
 
     def _client(self) -> Consumer:
         if self._consumer is None:

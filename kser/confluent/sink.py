@@ -22,8 +22,9 @@ __all__ = ["ConfluentSink"]
 
 #: Longest wait for room in a full buffer: by then not one message was confirmed in all that time.
 _ROOM_S: Final = 30.0
-#: Longest wait for the coordinator when the first transaction begins.
+#: Longest wait for the coordinator when the first transaction begins, and for one answer of it.
 _INIT_S: Final = 30.0
+_INIT_QUESTION_S: Final = 5.0
 #: How long one try of send_offsets() may take, and how many there are. librdkafka#5456: it may take longer.
 _OFFSETS_S: Final = 5.0
 _OFFSETS_TRIES: Final = 3
@@ -75,7 +76,7 @@ class ConfluentSink:
     # -- records -------------------------------------------------------------------------------------------------------
 
     def produce(self, record: OutRecord, on_delivery: DeliveryCallback | None = None) -> None:
-        """See Sink. ConfigurationError while the brokers refuse this client's credentials."""
+        """See Sink. Where the brokers refuse this client, on_delivery gets a ConfigurationError that says why."""
         producer = self._client()
         topic, key, value, headers, partition = record
         told = self._unclaimed if on_delivery is None else partial(self._deliver, on_delivery)
@@ -140,8 +141,7 @@ class ConfluentSink:
         if self._open:
             raise TransportError(f"A transaction of {self._id} is open: commit() or abort() it before begin()")
         if not self._initialised:
-            self._transaction_call(f"Starting transactions of {self._id}", lambda: producer.init_transactions(_INIT_S))
-            self._initialised = True
+            self._initialise(producer)
         self._transaction_call(f"Beginning a transaction of {self._id}", producer.begin_transaction)
         self._open, self._offsets_missing, self._failure = True, False, None
 
@@ -287,19 +287,19 @@ class ConfluentSink:
         except KafkaException as exc:  # the client broke for good; the next produce() or begin() tells, or renews it
             logger.warning("The %s: %s", self._name, exc)
             served = 0
-        self._afterwards(producer)
-        return served
-
-    def _afterwards(self, producer: Producer) -> None:
         if self._confirmed:
             self._confirmed = False
             self._state.up()
-        elif (refusal := self._state.refusal) is not None and len(producer):
+        elif self._reason is None and (refusal := self._state.refusal) is not None and len(producer):
             # Nothing can be delivered: tell so now and with the reason, not after a timeout without one.
             self._reason = refusal
             producer.purge(in_queue=True, in_flight=False)
-            producer.poll(0)
+            served += self._serve(producer, partial(producer.poll, 0))
             self._reason = None
+        self._raise_escaped()
+        return served
+
+    def _raise_escaped(self) -> None:
         if self._escaped is not None:
             escaped, self._escaped = self._escaped, None
             raise escaped
@@ -333,7 +333,6 @@ class ConfluentSink:
         return True
 
     def _transaction_call(self, doing: str, call: Callable[[], Any]) -> None:
-        producer = self._client()
         try:
             with self._serving():
                 call()
@@ -344,14 +343,29 @@ class ConfluentSink:
             failure = translate(error, doing, strict=True, abort=error.txn_requires_abort(), fatal=_is_fatal(error))
             if error.txn_requires_abort() and self._failure is not None:
                 failure.message = f"{failure.message}; the first record failed so: {self._failure.message}"
-            if not self._initialised:
-                producer.poll(0)  # what the client noticed meanwhile
-                failure = self._state.refusal or failure
             if _is_fatal(error):
                 self._dead = failure
             raise failure from exc
         self._state.up()
-        self._afterwards(producer)
+        self._raise_escaped()
+
+    def _initialise(self, producer: Producer) -> None:
+        """Learn of the coordinator, fence and end what an earlier life of this id left open."""
+        end = time.monotonic() + _INIT_S
+        while True:
+            try:
+                self._transaction_call(
+                    f"Starting transactions of {self._id}", partial(producer.init_transactions, _INIT_QUESTION_S)
+                )
+            except TransportError as exc:
+                self._serve(producer, partial(producer.poll, 0))  # what the client noticed meanwhile
+                if (refusal := self._state.refusal) is not None:
+                    raise refusal from exc
+                if not exc.retriable or time.monotonic() >= end:
+                    raise
+            else:
+                self._initialised = True
+                return
 
     def _abort_at_last(self, timeout_s: float) -> None:
         try:
@@ -364,7 +378,9 @@ class ConfluentSink:
         try:
             producer.purge()
             self._serve(producer, partial(producer.poll, 0))
-            Aside().call(producer.close, _DESTROY_S)
+            if self._id is None or self._initialised:
+                Aside().call(producer.close, _DESTROY_S)
+            # else: close() would warn of an init_transactions() that never came through; letting go is all there is
         except TimeoutError:
             logger.warning("The %s did not end within %g s and is left behind", self._name, _DESTROY_S)
         except (KafkaException, RuntimeError, RuntimeWarning, SystemError) as exc:

@@ -25,7 +25,7 @@ from kser.errors import ItineraryError
 from kser.results import Result
 from kser.schemas import Message
 
-__all__ = ["MAX_DEPTH", "METADATA_KEY", "VERSION", "End", "Entry", "Frame", "Itinerary", "message_key"]
+__all__ = ["MAX_DEPTH", "METADATA_KEY", "VERSION", "End", "Entry", "Frame", "Itinerary", "key_bytes", "message_key"]
 
 METADATA_KEY = "kser"
 VERSION = 1
@@ -173,13 +173,8 @@ class Itinerary(NamedTuple):
 
     def key_of(self, entry: Entry | None = None) -> str | None:
         """Key of the entry's message: its own, else that of the operations around it, else the root's uuid."""
-        own: str | None = entry.key if entry is not None else self.key
-        if own:
-            return own
-        for frame in reversed(self.frames):
-            if frame.key:
-                return frame.key
-        return self.frames[0].uuid if self.frames else None
+        candidates = [entry.key if entry is not None else self.key, *(f.key for f in reversed(self.frames))]
+        return next((key for key in candidates if key), self.frames[0].uuid if self.frames else None)
 
     def message(self, entry: Entry, result: Result) -> Message:
         """The message of ``entry``, with this itinerary (the one that step() gave with the entry)."""
@@ -237,6 +232,8 @@ class Itinerary(NamedTuple):
                 extra={"version": version, "reads": list(READS)},
             )
         end = _get(data, "end", dict, None)
+        if end is not None and not data.get("ops"):
+            raise ItineraryError("Itinerary cannot be read: an end without an operation", extra={"field": "end"})
         return cls(
             frames=tuple(Frame.load(frame) for frame in _get(data, "ops", list, [])),
             position=_get(data, "position", int, 0),
@@ -258,6 +255,11 @@ def message_key(kmsg: Message) -> str:
         return str(key or (data["ops"][0]["uuid"] if data["ops"] else kmsg.uuid))
     except (AttributeError, IndexError, KeyError, TypeError):
         return kmsg.uuid  # an itinerary that cannot be read: whoever consumes the message says so
+
+
+def key_bytes(key: str) -> bytes:
+    """A key as Kafka takes it. Any text will do: JSON may bring lone surrogates, which UTF-8 has no form for."""
+    return key.encode("utf-8", "surrogatepass")
 
 
 _REQUIRED: Any = object()

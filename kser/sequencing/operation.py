@@ -127,10 +127,20 @@ class Operation(Task):
         given = {**self.params, **kwargs}
         self._debug("PreBuild")
         self._check_params(given)
-        tasks = self.build_tasks(**(self.prebuild(**given) or given))
+        tasks = self._as_list(self.build_tasks(**(self.prebuild(**given) or given)))
         if self._logger.isEnabledFor(logging.DEBUG):
             self._logger.debug("%s.BuildTasks: %d task(s) found", type(self).__name__, len(tasks), extra=self._extra())
         return tasks
+
+    def _as_list(self, tasks: Any) -> list[Task]:
+        """What build_tasks() gave, as a list: a generator or a tuple will do."""
+        try:
+            return list(tasks)
+        except TypeError:
+            raise ValidationError(
+                f"build_tasks() of {self.path} returned a {type(tasks).__name__}: return a list of tasks",
+                extra={"uuid": self.uuid, "type": type(tasks).__name__},
+            ) from None
 
     def finalize(self) -> Self:
         """Called after the build. Gives the operation."""
@@ -173,8 +183,15 @@ class Operation(Task):
         status = Status.SUCCESS if results.is_success(result) else Status.FAILED
         if self.status in (Status.SUCCESS, Status.FAILED) and self.status != status:
             self.status = Status.RUNNING  # a hook turned the outcome round: the run was not over before its hooks
-        if self.status != status:
+        if self.status == status:
+            return
+        try:
             self._set_status(status, result)
+        except Exception:
+            if status is Status.SUCCESS:
+                raise  # what could not be noted is no success
+            self._logger.exception("%s.SetStatus: %s[%s] raised", type(self).__name__, self.path, self.uuid)
+            self.status = status  # the failure stays the one to tell, and the operation is not left open
 
     # -- in this process ---------------------------------------------------------------------------------------------
 
@@ -294,6 +311,10 @@ class Operation(Task):
     def _send_step(self, task: Task, result: Result | None, *, new: bool) -> Result:
         position = self.tasks.index(task)
         topic = self.home_topic()
+        if task.own_topic() is None:
+            task.topic = topic  # as for the tasks after it, which workers send
+        if task.home is None:
+            task._home = self.home
         itinerary = Itinerary(
             frames=(self.frame(topic, self.tasks[position + 1 :]),),
             position=position,

@@ -7,6 +7,7 @@ from typing import Any
 from kser.controller import Controller
 from kser.entry import Entrypoint
 from kser.errors import ConfigurationError, ValidationError
+from kser.schemas import Message
 from kser.sequencing.task import MessageSender, Task, function_task
 
 __all__ = ["OperationRegistry"]
@@ -41,6 +42,11 @@ class OperationRegistry:
         self.app: Any = None
         if app is not None:
             self.init_app(app)
+
+    @property
+    def transport(self) -> type[Message]:
+        """How messages of this registry are written: its controller's TRANSPORT."""
+        return self.controller.TRANSPORT
 
     def configure(self, *, producer: MessageSender | None = None, topic: str | None = None) -> None:
         """Set the producer, the topic, or both; what is None stays as it is."""
@@ -83,15 +89,18 @@ class OperationRegistry:
         Controller.check(getattr(cls, "__name__", repr(cls)), cls)
         if isinstance(aliases, str):
             raise ConfigurationError(f"aliases={aliases!r} is one text: give a list of names", extra={"name": aliases})
+        path = name or cls.path
+        aliases = list(aliases)
+        for wanted in (path, *aliases):
+            other = self.controller.ENTRYPOINTS.get(wanted)
+            if other is not None and other is not cls and not _same_source(other, cls):
+                raise ValidationError(
+                    f"{wanted} is subscribed already, as another class: give one of them a name, subscribe(name=...)",
+                    extra={"entrypoint": wanted},
+                )
+        known = self.controller.ENTRYPOINTS.get(path)
         if name:
             cls.WIRE_NAME = name
-        path = cls.path
-        known = self.controller.ENTRYPOINTS.get(path)
-        if known is not None and known is not cls and not _same_source(known, cls):
-            raise ValidationError(
-                f"{path} is subscribed already, as another class: give one of them a name, subscribe(name=...)",
-                extra={"entrypoint": path},
-            )
         if issubclass(cls, Task):
             cls._home = self
             if topic:

@@ -4,9 +4,9 @@ This is the sequence itself. It is the same for every delivery guarantee: whoeve
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kser import context, results
 from kser.controller import Controller
@@ -49,9 +49,18 @@ class Consequences:
 def encode(kmsg: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
     """The bytes of a message.
 
-    Raises ValidationError when JSON has no form for it, MessageTooLargeError when there are more than ``limit``.
+    Raises ValidationError when JSON has no form for it, or when a dumps() of user code raises; MessageTooLargeError when
+    there are more than ``limit``.
     """
-    raw = kmsg.to_bytes()
+    try:
+        raw = kmsg.to_bytes()
+    except ValidationError:
+        raise
+    except Exception as exc:
+        raise ValidationError(
+            f"Message {kmsg.entrypoint}[{kmsg.uuid}] cannot be written: {type(kmsg).__name__}.dumps() raised {exc!r}",
+            extra={"uuid": kmsg.uuid, "entrypoint": kmsg.entrypoint},
+        ) from exc
     if len(raw) > limit:
         raise MessageTooLargeError(
             f"Message {kmsg.entrypoint}[{kmsg.uuid}]", len(raw), limit, uuid=kmsg.uuid, entrypoint=kmsg.entrypoint
@@ -95,14 +104,16 @@ class Sequencer:
         if around.key:
             operation.key = around.key
         operation_topic = operation.own_topic() or topic
-        inner = None
+        inner, final = None, None
         with context.id_scope(operation.uuid):
             try:
                 failure = operation.begin()
                 frame = operation.frame(operation_topic, operation.tasks)
                 inner = around.enter(frame)._replace(new=False)
-            except Exception as exc:  # noqa: BLE001 - user code built it
+            except BaseException as exc:  # noqa: BLE001 - user code built it; sys.exit() in there ends the operation only
                 failure = results.from_exception(exc, operation.uuid)
+            if failure is None and not operation_todo(operation):
+                final = self._end(operation, operation.tasks[-1], operation.tasks[-1].result)
         root = around.root.uuid if around.frames else operation.uuid
         out.events.append(
             Event(
@@ -117,12 +128,22 @@ class Sequencer:
                 params=operation.params,
             )
         )
-        if failure is None and inner is not None:
-            failure = self._send_next(inner, operation.result, topic, out)
+        if failure is None and inner is not None and final is None:
+            failure = self._send_next(inner, _forwarded(operation), topic, out)
             if failure is None:
                 return out
-        assert failure is not None
-        around = around._replace(new=False)
+        if final is None:
+            assert failure is not None
+            final = self._fail(operation, failure)
+        self._operation_over(around._replace(new=False), operation, final, topic, out)
+        return out
+
+    def operation_refused(
+        self, operation: Operation, failure: Result, itinerary: Itinerary | None, topic: str
+    ) -> Consequences:
+        """The first message of an operation that was reached was refused by the broker: it ends FAILED."""
+        out = Consequences()
+        around = itinerary._replace(new=False) if itinerary is not None else Itinerary()
         self._operation_over(around, operation, self._fail(operation, failure), topic, out)
         return out
 
@@ -131,7 +152,7 @@ class Sequencer:
         out = Consequences()
         end = itinerary.end
         assert end is not None
-        task = Task.from_entry(Entry.load(end.task), self.controller.find)
+        task = self._revive(end.task)
         task.status, task.result = end.status, result
         self._go_on(itinerary._replace(end=None), task, result, topic, out)
         return out
@@ -153,31 +174,33 @@ class Sequencer:
                 return
             result = failure or result
         frame = itinerary.innermost
-        operation = self._rebuild(frame, task, result)
-        if isinstance(operation, UnregisteredTask):
-            if frame.topic is not None and frame.topic != topic:
-                self._hand_over_end(itinerary, task, result, out)
-                return
-            logger.error(
-                "Operation %s[%s] ended %s without its hooks: its class is not registered on any worker of topic %s",
-                frame.entrypoint,
-                frame.uuid,
-                _status(result),
-                topic,
-            )
-            note = f"hooks not run: {frame.entrypoint} is not registered on the worker that saw the end"
-            if not results.is_success(result):
-                result = name_failed_task(result, task, frame.uuid)
-            self._operation_over(itinerary.leave(), operation, result, topic, out, note)
-            return
-        assert isinstance(operation, Operation)
         with context.id_scope(f"{frame.uuid}:{itinerary.position}"):
-            if results.is_success(result):
-                result, more = self._ask_next(itinerary, operation, task, result, topic, out)
-                if more:
-                    return
-            final = operation.finish(task, result)
-        self._operation_over(itinerary.leave(), operation, final, topic, out)
+            operation = self._rebuild(frame, task, result)
+            if isinstance(operation, Operation):
+                if results.is_success(result) and operation._broken is None:
+                    result, more = self._ask_next(itinerary, operation, task, result, topic, out)
+                    if more:
+                        return
+                final = self._end(operation, task, result)
+                self._operation_over(itinerary.leave(), operation, final, topic, out)
+                return
+        assert isinstance(operation, UnregisteredTask)
+        elsewhere = frame.topic is not None and frame.topic != topic
+        if elsewhere and self._hand_over_end(itinerary, task, result, out):
+            return
+        why = "its end message cannot be sent" if elsewhere else operation.why
+        logger.error(
+            "Operation %s[%s] ended %s without its hooks: %s on this worker of topic %s",
+            frame.entrypoint,
+            frame.uuid,
+            _status(result),
+            why,
+            topic,
+        )
+        note = f"hooks not run: {frame.entrypoint} {why} on the worker that saw the end"
+        if not results.is_success(result):
+            result = name_failed_task(result, task, frame.uuid)
+        self._operation_over(itinerary.leave(), operation, result, topic, out, note)
 
     def _ask_next(
         self, itinerary: Itinerary, operation: Operation, task: Task, result: Result, topic: str, out: Consequences
@@ -189,8 +212,10 @@ class Sequencer:
                 return result, False
             at = operation.tasks.index(following) if following in operation.tasks else len(operation.tasks)
             frame = operation.frame(itinerary.innermost.topic, [following, *operation.tasks[at + 1 :]])
-        except Exception as exc:  # noqa: BLE001 - user code
+        except BaseException as exc:  # noqa: BLE001 - user code
             return results.from_exception(exc, operation.uuid), False
+        if not frame.tasks:
+            return result, False  # all it named are SUCCESS already
         extended = itinerary._replace(frames=(*itinerary.frames[:-1], frame))
         failure = self._send_next(extended, result, topic, out)
         return (result, True) if failure is None else (failure, False)
@@ -220,36 +245,58 @@ class Sequencer:
 
     def _rebuild(self, frame: Frame, task: Task, result: Result) -> Task:
         """The operation of ``frame``, RUNNING, with the task that ended and what remained."""
-        entry = Entry(frame.uuid, frame.entrypoint, frame.params, metadata=frame.metadata)
-        operation = Task.from_entry(entry, self.controller.find)
+        operation = self._revive(frame.dump() | {"tasks": None})
         if not isinstance(operation, Operation):
-            operation = UnregisteredTask(uuid=frame.uuid, params=frame.params, metadata=frame.metadata)
-            operation.entrypoint = frame.entrypoint
+            if not isinstance(operation, UnregisteredTask):
+                operation = _stand_in(frame.uuid, frame.entrypoint, "is registered as something else than an Operation")
             return operation
         operation.status = Status.RUNNING
         operation.result = result
         operation.key, operation.topic = frame.key, frame.topic
         if task.status not in (Status.SUCCESS, Status.FAILED, Status.ABORTED):
             task.status = _status(result)
-        operation.tasks = [task, *(Task.from_entry(Entry.load(e), self.controller.find) for e in frame.tasks)]
+        operation.tasks = [task, *(self._revive(entry) for entry in frame.tasks)]
         return operation
 
+    def _revive(self, data: Mapping[str, Any]) -> Task:
+        """The task an entry names, to be looked at; a stand-in when it cannot be made. Raises nothing."""
+        try:
+            return Task.from_entry(Entry.load(data), self.controller.find)
+        except BaseException as exc:
+            # In a message that came through Kafka there may be anything, and constructors are user code.
+            uuid, name = (str(data.get(key, "")) if isinstance(data, Mapping) else "" for key in ("uuid", "entrypoint"))
+            logger.exception("Task %s[%s] cannot be made from its entry", name, uuid)
+            return _stand_in(uuid, name, f"cannot be made ({results.from_exception(exc, uuid).stderr})")
+
+    def _end(self, operation: Operation, task: Task, result: Result) -> Result:
+        """End ``operation`` with what its last ``task`` gave; the Result to carry on. Raises nothing."""
+        broken = operation._broken
+        if broken is not None:  # told already, when it was made again to be ended
+            return name_failed_task(result, task, operation.uuid) if not results.is_success(result) else broken
+        try:
+            return operation.finish(task, result)
+        except BaseException as exc:  # sys.exit() in a hook ends the operation, not the worker
+            logger.exception("A hook of %r raised", operation)
+            return results.from_exception(exc, operation.uuid)
+
     def _fail(self, operation: Operation, failure: Result) -> Result:
+        """End ``operation``, none of whose tasks has run, with ``failure``. Raises nothing."""
         if operation._broken is not None:
             return operation._broken  # told already, when it was made
         try:
             return operation._finish(failure)
-        except Exception as exc:  # noqa: BLE001 - onerror() is guarded already; set_status() of user code is not
-            return results.from_exception(exc, operation.uuid)
+        except BaseException:
+            logger.exception("A hook of %r raised", operation)
+            return failure
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def _send_next(self, itinerary: Itinerary, result: Result, topic: str, out: Consequences) -> Result | None:
         """Add the message of the next task of the innermost operation; a failed Result when it cannot be sent."""
-        step = itinerary.step()
-        assert step is not None
-        entry, itinerary = step
         try:
+            step = itinerary.step()
+            assert step is not None
+            entry, itinerary = step
             out.messages.append(
                 self._outgoing(
                     itinerary.message(entry, result),
@@ -261,28 +308,33 @@ class Sequencer:
             return results.from_exception(exc, itinerary.innermost.uuid)
         return None
 
-    def _hand_over_end(self, itinerary: Itinerary, task: Task, result: Result, out: Consequences) -> None:
-        """Send the end of the innermost operation to its own topic, where a worker knows its class."""
+    def _hand_over_end(self, itinerary: Itinerary, task: Task, result: Result, out: Consequences) -> bool:
+        """Send the end of the innermost operation to its own topic, where a worker knows its class.
+
+        False when no message can tell it, however short.
+        """
         frame = itinerary.innermost
         last = {k: v for k, v in task.to_entry(frame.topic).items() if k != "tasks"}
         ended = itinerary._replace(end=End(last, _status(result)))
         metadata = {**frame.metadata, METADATA_KEY: ended.dump()}
         key = itinerary.key_of() or frame.uuid
         assert frame.topic is not None
+        # Its params are in its frame: once is enough. The end must be told, if need be with the reason why the Result
+        # cannot be.
         try:
-            kmsg = Message(frame.uuid, frame.entrypoint, frame.params, result, metadata)
+            kmsg = Message(frame.uuid, frame.entrypoint, None, result, metadata)
             out.messages.append(self._outgoing(kmsg, frame.topic, key))
         except ValidationError as exc:
-            short = results.from_exception(
-                exc, frame.uuid
-            )  # the end must be told, with the reason instead of the Result
-            kmsg = Message(frame.uuid, frame.entrypoint, frame.params, short, metadata)
-            out.messages.append(self._outgoing(kmsg, frame.topic, key))
+            try:
+                short = Result(uuid=frame.uuid, retcode=exc.code or 1, stderr=str(exc.message))
+                kmsg = Message(frame.uuid, frame.entrypoint, None, short, metadata)
+                out.messages.append(self._outgoing(kmsg, frame.topic, key))
+            except ValidationError:
+                return False
+        return True
 
     def _outgoing(self, kmsg: Message, topic: str, key: str) -> Outgoing:
-        transport: Callable[..., Message] = self.controller.TRANSPORT
-        if type(kmsg) is Message and transport is not Message:
-            kmsg = transport(kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result, kmsg.metadata)
+        kmsg = kmsg.sent_as(self.controller.TRANSPORT)
         return Outgoing(topic, key, encode(kmsg, self.limit), kmsg.entrypoint, kmsg.uuid)
 
     def outgoing(self, kmsg: Message, topic: str, key: str) -> Outgoing:
@@ -305,6 +357,27 @@ class Sequencer:
                     params=root.params,
                 )
             )
+
+
+def _stand_in(uuid: str, name: str, why: str) -> UnregisteredTask:
+    task = UnregisteredTask(uuid=uuid)
+    task.entrypoint, task.why = name, why
+    return task
+
+
+def operation_todo(operation: Operation) -> list[Task]:
+    """Its tasks that are not SUCCESS already."""
+    return [task for task in operation.tasks if task.status != Status.SUCCESS]
+
+
+def _forwarded(operation: Operation) -> Result:
+    """What the first task to run gets: the Result of those before it that are SUCCESS already, else the operation's."""
+    forwarded = operation.result
+    for task in operation.tasks:
+        if task.status != Status.SUCCESS:
+            break
+        forwarded = task.result
+    return forwarded
 
 
 def _status(result: Result) -> Status:

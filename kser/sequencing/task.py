@@ -36,6 +36,10 @@ class Home(Protocol):
     def topic(self) -> str | None:
         """Topic of this registry's tasks, unless a class names its own."""
 
+    @property
+    def transport(self) -> type[Message]:
+        """How messages of this registry are written: its controller's TRANSPORT."""
+
 
 class Task(Entrypoint):
     """A task of an operation, or a lone one. Write ``run()``.
@@ -57,7 +61,7 @@ class Task(Entrypoint):
 
     _message_logger: ClassVar[logging.Logger] = logger
     #: Set by OperationRegistry.subscribe().
-    _home: ClassVar[Home | None] = None
+    _home: Home | None = None
 
     def __init__(
         self,
@@ -118,8 +122,9 @@ class Task(Entrypoint):
         delivery = context.current_delivery()
         if delivery is not None:
             return delivery.send(kmsg, target, key or self.key)
-        producer = self.home.producer if self.home is not None else None
-        if producer is None:
+        home = self.home
+        producer = home.producer if home is not None else None
+        if home is None or producer is None:
             raise ConfigurationError(
                 f"{self.path} cannot be sent: no producer is configured. Subscribe its class to a registry made with "
                 "OperationRegistry(producer=..., topic=...), or call registry.configure(producer=...)",
@@ -131,7 +136,7 @@ class Task(Entrypoint):
                 "(topic = ...), or in OperationRegistry(topic=...)",
                 extra={"uuid": self.uuid, "entrypoint": self.path},
             )
-        return producer.send(target, kmsg, timeout, key=key or self.key)
+        return producer.send(target, kmsg.sent_as(home.transport), timeout, key=key or self.key)
 
     @property
     def home(self) -> Home | None:
@@ -192,6 +197,8 @@ class UnregisteredTask(Task):
     """Stands for a task whose class this process does not know. It can be looked at and sent, not run."""
 
     entrypoint: str = ""
+    #: Why its class is not there, to go on after its name.
+    why: str = "is not registered"
     children: list[dict[str, Any]] | None = None
 
     @property

@@ -2,13 +2,13 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from kser.errors import ConfigurationError, GroupError, ValidationError
 from kser.transport import Partition, Position
 
-__all__ = ["Group", "Member", "Membership", "Subscription", "assign", "check_position"]
+__all__ = ["Group", "Member", "Membership", "Subscription", "assign", "to_store"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,17 +102,17 @@ def _move(
     return None
 
 
-def check_position(position: Position) -> None:
-    """Raises ValidationError for what no broker stores as a committed offset."""
-    where = f"{position.topic}/{position.partition}"
-    if position.offset < 0:
-        raise ValidationError(f"Offset {position.offset} of {where} cannot be stored: give 0 or more")
-    size = len(position.metadata.encode())
-    if size > _METADATA_BYTES:
-        raise ValidationError(
-            f"The metadata of {where} has {size} bytes, a broker stores at most {_METADATA_BYTES}: shorten it",
-            extra={"size": size, "limit": _METADATA_BYTES},
-        )
+def to_store(positions: Iterable[Position]) -> list[Position]:
+    """Those with an offset; the others say that there is none. Raises ValidationError for metadata that is too long."""
+    for position in positions:
+        size = len(position.metadata.encode())
+        if size > _METADATA_BYTES:
+            raise ValidationError(
+                f"The metadata for {position.topic}/{position.partition} has {size} bytes, at most {_METADATA_BYTES} "
+                "can be stored: shorten it",
+                extra={"size": size, "limit": _METADATA_BYTES},
+            )
+    return [position for position in positions if position.offset >= 0]
 
 
 class Group:
@@ -186,8 +186,8 @@ class Group:
 
     # -- offsets -----------------------------------------------------------------------------------------------------
 
-    def check_membership(self, membership: Membership) -> None:
-        """Raises GroupError unless it is that of a member of this group, in the generation the member is in now."""
+    def check_membership(self, membership: Membership, positions: Iterable[Position]) -> None:
+        """Raises GroupError unless it is that of a member, in the generation it is in now, which owns all of these."""
         member = membership.member
         if member is None or not membership.joined:
             raise GroupError(f"Nothing can be committed for group {self.name} before it was joined: poll first")
@@ -198,6 +198,21 @@ class Group:
                 f"Member {member.name} of group {self.name} is in generation {member.generation}, not "
                 f"{membership.generation} any more: take a fresh member()"
             )
+        self.check_owned(member, positions)
+
+    def check_owned(self, member: Member | None, positions: Iterable[Position]) -> None:
+        """Raises GroupError, which names them, when some of these partitions are not the member's (any more)."""
+        owned = member.owned if member is not None and member.alive else ()
+        foreign = [f"{position.topic}/{position.partition}" for position in positions if position.of not in owned]
+        if foreign:
+            raise GroupError(f"Not committed, this member of group {self.name} does not own it: {', '.join(foreign)}")
+
+    def store_owned(self, member: Member | None, positions: Iterable[Position], sequence: int) -> None:
+        """Commit those of partitions that the member owns; then raise GroupError when there are others."""
+        for position in positions:
+            if member is not None and member.alive and position.of in member.owned:
+                self.store(position, sequence)
+        self.check_owned(member, positions)
 
     def store(self, position: Position, sequence: int) -> None:
         """Commit one position. Of two for one partition the one with the higher sequence stays."""
@@ -227,9 +242,3 @@ class Group:
     def held(self, partitions: Iterable[Partition]) -> bool:
         """True when an open transaction may still move the position of one of these."""
         return any(partition in self._pending for partition in partitions)
-
-    def owned_elsewhere(self, member: Member | None, positions: Sequence[Position]) -> list[Position]:
-        """Those of ``positions`` that the member does not own."""
-        if member is None or not member.alive:
-            return list(positions)
-        return [position for position in positions if position.of not in member.owned]

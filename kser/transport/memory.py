@@ -36,7 +36,7 @@ from kser.transport import (
 )
 from kser.transport.clock import Clock, RealClock
 from kser.transport.cluster import Cluster, Operation, Transaction, TransactionalId
-from kser.transport.groups import Group, Member, Membership, Subscription, check_position
+from kser.transport.groups import Group, Member, Membership, Subscription, to_store
 
 __all__ = ["MemoryAdmin", "MemoryReader", "MemorySink", "MemorySource", "MemoryTransport"]
 
@@ -273,17 +273,10 @@ class MemorySource:
 
     def commit(self, positions: Sequence[Position], timeout_s: float = 10) -> None:  # noqa: ARG002 - never waits
         """Store these positions for the group. With GroupError those of partitions still owned are stored."""
-        for position in positions:
-            check_position(position)
+        stored = to_store(positions)
         with self._locked(), self._cluster.failing("commit"):
             self._cluster.tick()
-            refused = self._group.owned_elsewhere(self._member, positions)
-            for position in positions:
-                if position not in refused:
-                    self._group.store(position, self._cluster.next_sequence())
-        if refused:
-            names = ", ".join(f"{position.topic}/{position.partition}" for position in refused)
-            raise GroupError(f"Not committed, this member of group {self._group.name} does not own it: {names}")
+            self._group.store_owned(self._member, stored, self._cluster.next_sequence())
 
     def watermarks(self, partition: Partition, timeout_s: float = 10) -> tuple[int, int]:  # noqa: ARG002 - never waits
         """The first offset there is, and the one the next record will get.
@@ -392,6 +385,7 @@ class MemorySource:
             except BaseException:
                 self._release(partitions)  # it is told again at the next poll; until then nothing of them is given
                 raise
+            self._assigned.add(partitions)  # what the listener sought or paused in there does not count, as on Kafka
             for start in starts:
                 if start.offset >= 0 and start.of in self._assigned.positions:
                     self._assigned.positions[start.of] = start.offset
@@ -491,7 +485,7 @@ class MemorySink:
         """Open a transaction. The first one fences whoever used the same transactional id before."""
         with self._locked(), self._cluster.failing("begin"):
             if self._id is None:
-                raise ConfigurationError("This sink has no transactions: make it with a transactional id")
+                raise TransportError("This sink has no transactional id, so it has no transactions")
             self._check_phase("ready")
             if self._epoch is None:
                 self._epoch = self._cluster.take_over(self._id)
@@ -499,22 +493,21 @@ class MemorySink:
 
     def send_offsets(self, positions: Sequence[Position], member: GroupMember) -> None:
         """Make these positions part of the transaction; after a GroupError it can only be aborted."""
-        for position in positions:
-            check_position(position)
+        if not isinstance(member, Membership):
+            raise TypeError(f"{type(member).__name__} is no member of a MemorySource: give what its member() returns")
+        stored = to_store(positions)
         with self._locked(), self._cluster.failing("send_offsets"):
             self._check_phase("open")
             self._cluster.tick()
-            if not isinstance(member, Membership):
-                raise ConfigurationError(f"{type(member).__name__} is no member of a group of this transport")
             group = self._cluster.group(member.group)
             try:
-                group.check_membership(member)
+                group.check_membership(member, stored)
             except GroupError as exc:
                 self._failure = exc
                 raise
             with self._fenced_for_good():
                 transaction = self._transaction()
-            for position in positions:
+            for position in stored:
                 self._cluster.add_offset(transaction, group, position)
 
     def commit(self, timeout_s: float = 30) -> None:  # noqa: ARG002 - never waits

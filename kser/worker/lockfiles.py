@@ -39,7 +39,7 @@ class LockFiles:
         self._running = ""
         self._refused = False
         stale = self._path("TERMINATE_FILE", "terminate")
-        if stale is not None and stale.exists():
+        if stale is not None and _exists(stale):
             logger.warning("Terminate file %s is left from an earlier run: removed", stale)
             with contextlib.suppress(OSError):
                 stale.unlink()

@@ -23,6 +23,8 @@ class KillingTransport(ConfluentTransport):
         return source
 
 
+CONFIG = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
+
 if __name__ == "__main__":
     bootstrap, topic, group = sys.argv[1:4]
-    Worker(registry, topics=[topic], group=group, transport=KillingTransport({"bootstrap.servers": bootstrap})).run()
+    Worker(registry, topics=[topic], group=group, transport=KillingTransport(CONFIG | {"bootstrap.servers": bootstrap})).run()

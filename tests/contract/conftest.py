@@ -96,10 +96,14 @@ class Broker:
         return source
 
     def joined(self, group: str, topic: str, listener: Listener | None = None) -> Source:
-        """A source that is the only member of its group and has got all it can get; no record was given yet."""
+        """A source that is the only member of its group and owns all of a topic in which there is nothing to read."""
         source = self.source(group, topic, listener)
         wanted = self.transport.admin().describe([topic])[topic].partitions
-        eventually(lambda: source.poll(0.05, 1) or len(source.assignment()) == wanted, 30, f"{group} assigned")
+        early: list[Record] = []
+        eventually(
+            lambda: early.extend(source.poll(0.02)) or len(source.assignment()) == wanted, 30, f"{group} assigned"
+        )
+        assert early == []
         return source
 
     def sink(self, transactional_id: str | None = None) -> Sink:
@@ -133,7 +137,9 @@ class Broker:
 
 def _memory() -> Broker:
     clock = FakeClock()
-    transport = MemoryTransport(clock=clock, session_timeout_s=SESSION_S, transaction_timeout_s=TRANSACTION_S)
+    transport = MemoryTransport(
+        clock=clock, session_timeout_s=SESSION_S, transaction_timeout_s=TRANSACTION_S, auto_create=False
+    )
 
     def create(name: str, partitions: int) -> None:
         transport.admin().create([TopicSpec(name=name, partitions=partitions)])

@@ -5,7 +5,6 @@ from functools import cached_property
 import pytest
 
 from kser.errors import (
-    Error,
     FencedError,
     GroupError,
     MessageTooLargeError,
@@ -158,8 +157,31 @@ def test_what_was_dropped_or_delivered_leaves_nothing_open(broker: Broker):
     assert len(broker.everything(topic)) >= told.count(None)
 
 
+def test_a_record_for_a_topic_that_does_not_exist_fails_at_its_delivery(exact_broker: Broker):
+    missing = exact_broker.new_name("missing")
+    sink, told = exact_broker.sink(), []
+    sink.produce(OutRecord(missing, b"k", b"v"), told.append)
+    assert sink.flush(20) == 0
+    (error,) = told
+    assert isinstance(error, TransportError)
+    assert missing in error.message
+    assert exact_broker.transport.admin().describe([missing]) == {}
+
+
+def test_a_record_for_a_partition_that_does_not_exist_is_refused_or_fails_at_its_delivery(broker: Broker):
+    topic = broker.make_topic()
+    broker.send(topic, b"known")
+    sink, told = broker.sink(), []
+    try:
+        sink.produce(OutRecord(topic, b"k", b"v", partition=7), told.append)
+    except TransportError as error:
+        told.append(error)
+    assert sink.flush(20) == 0
+    assert [type(error) for error in told] == [TransportError]
+
+
 def test_a_sink_without_transactional_id_has_no_transactions(broker: Broker):
-    with pytest.raises(Error):
+    with pytest.raises(TransportError):
         broker.sink().begin()
 
 
@@ -231,14 +253,40 @@ def test_metadata_of_4096_bytes_is_stored_and_more_is_refused(broker: Broker):
 
 def test_a_listener_may_say_where_to_start(broker: Broker):
     topic, group = broker.make_topic(2), broker.new_name("g")
+    first = broker.joined(group, topic)
     for partition in range(2):
         broker.send(topic, *(b"%d/%d" % (partition, n) for n in range(4)), partition=partition)
-    first = broker.joined(group, topic)
     first.commit([Position(topic, 0, 1), Position(topic, 1, 1)])
     first.close()
     listener = Listener(assigned=lambda _: [Position(topic, 0, 3), Position(topic, 1, -1)])
     second = broker.source(group, topic, listener)
     assert sorted(values(take(second, 4))) == [b"0/3", b"1/1", b"1/2", b"1/3"]
+
+
+def test_a_listener_may_read_and_commit_what_it_is_given_and_the_start_stays(broker: Broker):
+    topic, group = broker.make_topic(), broker.new_name("g")
+    first = broker.joined(group, topic)
+    broker.send(topic, b"0", b"1", b"2")
+    first.commit([Position(topic, 0, 1, "closed")])
+    first.close()
+    seen: list[Position] = []
+
+    def mark(partitions):
+        seen.extend(second.committed(partitions))
+        second.commit([position._replace(metadata="open") for position in seen])
+
+    second = broker.source(group, topic, Listener(assigned=mark))
+    assert values(take(second, 2)) == [b"1", b"2"]
+    assert seen == [Position(topic, 0, 1, "closed")]
+    assert second.committed([seen[0].of]) == [Position(topic, 0, 1, "open")]
+
+
+def test_committing_no_offset_changes_nothing(broker: Broker):
+    topic = broker.make_topic()
+    source = broker.joined(broker.new_name("g"), topic)
+    source.commit([Position(topic, 0, -1)])
+    source.commit([])
+    assert source.committed([Partition(topic, 0)])[0].offset == -1
 
 
 def test_two_members_share_the_partitions_and_one_that_closes_hands_over_its_own(broker: Broker):
@@ -263,6 +311,7 @@ def test_two_members_share_the_partitions_and_one_that_closes_hands_over_its_own
     assert told_a.told[-1][0] == "revoke"
     eventually(lambda: b.poll(0.05) or set(b.assignment()) == every, 30, "all of them handed over")
     assert "lost" not in [name for name, _ in told_a.told + told_b.told]
+    assert all(partitions for _, partitions in told_a.told + told_b.told)  # nobody is told of nothing
 
 
 def test_every_record_reaches_one_of_two_members_when_they_commit_in_on_revoke(broker: Broker):
@@ -384,8 +433,8 @@ def test_watermarks_are_the_first_offset_and_the_next_one(broker: Broker):
 
 def test_a_committed_offset_that_is_gone_is_an_error_until_one_seeks(exact_broker: Broker):
     topic, group = exact_broker.make_topic(), exact_broker.new_name("g")
-    exact_broker.send(topic, *(b"%d" % n for n in range(10)))
     first = exact_broker.joined(group, topic)
+    exact_broker.send(topic, *(b"%d" % n for n in range(10)))
     first.commit([Position(topic, 0, 2)])
     first.close()
     exact_broker.delete_before(Partition(topic, 0), 6)
@@ -557,17 +606,13 @@ class Bench:
         return self.broker.joined(self.group, self.input)
 
     @cached_property
-    def watching(self) -> Source:
-        """A member of another group, which reads the output."""
-        return self.broker.joined(self.broker.new_name("watching"), self.output)
-
-    @cached_property
     def reader(self) -> Reader:
         """A reader of the output; quicker to make."""
         return self.broker.reader(self.output)
 
-    def watermarks(self, partition: int) -> tuple[int, int]:
-        return self.watching.watermarks(Partition(self.output, partition))
+    def watching(self) -> Source:
+        """A member of another group, which reads the output and has all of it."""
+        return self.broker.joined(self.broker.new_name("watching"), self.output)
 
     def position(self, offset: int = 1) -> Position:
         return Position(self.input, 0, offset, f"settled at {offset}")
@@ -586,13 +631,14 @@ def bench(exact_broker: Broker) -> Bench:
 
 
 def test_a_commit_shows_records_and_offsets_together(bench: Bench):
+    member, watching = bench.source.member(), bench.watching()
     bench.sink.begin()
     bench.write(bench.sink, b"0", partition=0)
     bench.write(bench.sink, b"1", partition=1)
-    nothing(bench.watching)
-    bench.sink.send_offsets([bench.position()], bench.source.member())
+    nothing(watching)
+    bench.sink.send_offsets([bench.position()], member)
     bench.sink.commit()
-    assert sorted(values(take(bench.watching, 2))) == [b"0", b"1"]
+    assert sorted(values(take(watching, 2))) == [b"0", b"1"]
     assert bench.committed() == bench.position()
 
 
@@ -623,8 +669,8 @@ def test_commit_and_abort_take_an_offset_in_each_partition_they_touched(bench: B
     bench.sink.commit()
     found = bench.broker.everything(bench.output)
     assert [(r.partition, r.offset) for r in found] == [(0, 0), (0, 4), (1, 0)]
-    assert bench.watermarks(0) == (0, 6)
-    assert bench.watermarks(1) == (0, 2)
+    assert bench.source.watermarks(Partition(bench.output, 0)) == (0, 6)
+    assert bench.source.watermarks(Partition(bench.output, 1)) == (0, 2)
 
 
 def test_delivery_callbacks_of_a_transaction_come_by_the_time_it_is_committed(bench: Bench):
@@ -638,16 +684,17 @@ def test_delivery_callbacks_of_a_transaction_come_by_the_time_it_is_committed(be
 
 
 def test_an_open_transaction_holds_back_later_records_of_its_partition_only(bench: Bench):
+    watching = bench.watching()
     bench.sink.begin()
     bench.write(bench.sink, b"in it", partition=0)
     assert bench.sink.flush(20) == 0
     bench.broker.send(bench.output, b"behind", partition=0)
     bench.broker.send(bench.output, b"beside", partition=1)
-    assert values(take(bench.watching, 1)) == [b"beside"]
-    nothing(bench.watching, seconds=0.3)
-    assert bench.watermarks(0) == (0, 0)
+    assert values(take(watching, 1)) == [b"beside"]
+    nothing(watching, seconds=0.3)
+    assert watching.watermarks(Partition(bench.output, 0)) == (0, 0)
     bench.sink.commit()
-    assert values(take(bench.watching, 2)) == [b"in it", b"behind"]
+    assert values(take(watching, 2)) == [b"in it", b"behind"]
 
 
 def test_an_aborted_transaction_lets_the_records_behind_it_through(bench: Bench):
@@ -711,6 +758,55 @@ def test_offsets_of_a_source_that_has_not_joined_are_refused(bench: Bench):
     assert bench.broker.everything(bench.output) == []
 
 
+def test_offsets_of_a_partition_that_the_member_does_not_own_are_refused(bench: Bench):
+    bench.sink.begin()
+    bench.write(bench.sink, b"never")
+    with pytest.raises(GroupError):
+        bench.sink.send_offsets([bench.position(), Position(bench.input, 1, 1)], bench.source.member())
+    bench.sink.abort()
+    assert bench.committed().offset == -1
+    assert bench.broker.everything(bench.output) == []
+
+
+def test_metadata_over_4096_bytes_is_refused_in_a_transaction_too(bench: Bench):
+    full = Position(bench.input, 0, 1, "x" * 4096)
+    bench.sink.begin()
+    with pytest.raises(ValidationError):
+        bench.sink.send_offsets([full._replace(metadata=full.metadata + "x")], bench.source.member())
+    bench.sink.abort()
+    bench.sink.begin()
+    bench.sink.send_offsets([full], bench.source.member())
+    bench.sink.commit()
+    assert bench.committed() == full
+
+
+def test_a_transaction_without_its_offsets_cannot_be_committed(bench: Bench):
+    """After an error of send_offsets() a commit would store the records and not the offsets."""
+    outsider = bench.broker.transport.source(bench.group)
+    bench.sink.begin()
+    bench.write(bench.sink, b"never")
+    with pytest.raises(GroupError):
+        bench.sink.send_offsets([bench.position()], outsider.member())
+    outsider.close()
+    with pytest.raises(TransportError):
+        bench.sink.commit()
+    bench.sink.abort()
+    assert bench.broker.everything(bench.output) == []
+
+
+def test_a_transaction_with_a_record_that_failed_can_only_be_aborted(bench: Bench):
+    bench.sink.begin()
+    bench.write(bench.sink, b"half")
+    bench.sink.produce(OutRecord(bench.broker.new_name("missing"), b"k", b"v"))
+    with pytest.raises(TransportError):
+        bench.sink.commit()
+    bench.sink.abort()
+    bench.sink.begin()
+    bench.write(bench.sink, b"whole")
+    bench.sink.commit()
+    assert values(take(bench.reader, 1)) == [b"whole"]
+
+
 def test_offsets_of_a_member_of_an_earlier_generation_are_refused(bench: Bench):
     stale = bench.source.member()
     assert stale.joined
@@ -741,6 +837,7 @@ def test_committed_waits_for_a_transaction_that_may_move_it(bench: Bench):
 
 
 def test_a_new_owner_starts_behind_the_offsets_of_a_pending_transaction(bench: Bench):
+    assert bench.source.member().joined
     bench.broker.send(bench.input, b"0", b"1", b"2")
     take(bench.source, 3)
     bench.sink.begin()
@@ -780,6 +877,8 @@ def test_a_transaction_that_was_not_begun_cannot_be_used(bench: Bench):
     with pytest.raises(TransportError):
         bench.sink.commit()
     with pytest.raises(TransportError):
+        bench.sink.abort()
+    with pytest.raises(TransportError):
         bench.sink.produce(OutRecord(bench.output, b"k", b"v"))
     bench.sink.begin()
     with pytest.raises(TransportError):
@@ -802,4 +901,4 @@ def test_a_source_sees_every_record_of_many_transactions_once_and_in_order(bench
         bench.write(bench.sink, *(b"%d/%d" % (n, m) for m in range(5)))
         bench.sink.abort() if n % 3 == 2 else bench.sink.commit()
     expected = [b"%d/%d" % (n, m) for n in range(10) if n % 3 != 2 for m in range(5)]
-    assert values(take(bench.watching, len(expected))) == expected
+    assert values(take(bench.broker.source(bench.group, bench.output), len(expected))) == expected

@@ -264,8 +264,9 @@ def test_the_keeper_ends_all_when_its_owner_is_killed(forked):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has PR_SET_PDEATHSIG")
-def test_what_is_kept_ends_when_the_keeper_itself_is_killed():
+def test_what_is_kept_ends_when_the_keeper_itself_is_killed(monkeypatch, tmp_path):
     """And not before: the thread that asked for it has ended long since."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # its folder stays
     keepers: list[tuple[Keeper, int]] = []
 
     def start() -> None:
@@ -298,11 +299,32 @@ def test_a_folder_that_a_killed_keeper_left_is_removed_by_the_next_one(monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_command_that_does_not_exist_is_told():
+def test_what_the_keeper_cannot_start_is_told():
     keeper = Keeper()
+    log = str(keeper.folder / "log")
     with pytest.raises(KafkaStartError, match="no-such-command"):
-        keeper.call("spawn", "x", ["no-such-command"], str(keeper.folder / "log"))
+        keeper.call("spawn", "x", ["no-such-command"], log)
+    keeper.call("spawn", "sleeper", ["sleep", "600"], log)
+    with pytest.raises(KafkaStartError, match="sleeper runs already"):
+        keeper.call("spawn", "sleeper", ["sleep", "600"], log)
     keeper.close()
+
+
+def test_the_keeper_is_closed_at_once_though_a_fork_of_its_owner_lives_on():
+    code = """
+import os, time
+from tests.apache_kafka import Keeper
+keeper = Keeper()
+fork = os.fork()
+if fork == 0:
+    time.sleep(30)
+    os._exit(0)
+keeper.close()
+os.kill(fork, 9)
+print(keeper.folder.exists(), keeper._process.returncode)
+"""
+    with process("-c", code) as (_, line):
+        assert line() == "False 0\n"
 
 
 # ---- Fetching, with a java and a mvn of our own making

@@ -369,3 +369,13 @@ broker.create_topic("t", 1)
     with script(code) as (_, line):
         assert "only there it can be steered" in line()
         assert not has_ended(int(line()))
+
+
+def test_close_ends_the_process_though_a_fork_of_the_owner_lives_on():
+    code = OWNER.format(
+        more=FORK + "began = time.monotonic()\nbroker.close()\ntook = time.monotonic() - began"
+    ).replace("signal.pause()", "os.kill(fork, 9)\nos.write(1, b'%.1f\\n' % took)")
+    with script(code) as (_, line):
+        assert line().strip().isdigit()  # the pid of the fork
+        assert is_gone(int(line()))
+        assert float(line()) < 2
