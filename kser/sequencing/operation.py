@@ -234,11 +234,14 @@ class Operation(Task):
         failure = self.begin()
         if failure is not None:
             return failure
-        last = self.result
-        for task in self.tasks:
+        last, todo = self.result, list(self.tasks)
+        while todo:
+            task = todo.pop(0)
             last = task.execute(last) if safe else task.unsafe_execute(last)
             if not results.is_success(last):
                 return name_failed_task(last, task, self.uuid)
+            if not todo and (following := self.next(task)) is not None:  # a class may add some as it goes
+                todo = [following, *(self.tasks[self.tasks.index(following) + 1 :] if following in self.tasks else ())]
         return last
 
     # -- by messages -------------------------------------------------------------------------------------------------

@@ -1,0 +1,56 @@
+# `make help` lists what there is. Everything runs in .venv, which `setup` makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check kafka docs bench clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+setup: $(TOOLS)  ## make .venv with kser and everything the tests need
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "kser needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@echo "making $(VENV) with kser ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "python3 -m venv failed. On Debian: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(TOOLS): $(STAMP)
+	@echo "installing the tools for tests and checks ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --group test --group lint
+	@touch $@
+
+demo: $(STAMP)  ## operations of three rolls on an embedded broker, from start to end
+	@$(BIN)/kser demo
+
+test: setup  ## every test; Apache Kafka is fetched and run if Java and Maven are there
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: setup  ## lint, format, types, import contracts
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+kafka: setup  ## a real Apache Kafka to play with, in the foreground
+	@$(BIN)/python -m tests.apache_kafka --port 9092
+
+docs: setup  ## build the documentation into site/
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --group docs
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "built: site/index.html"
+
+bench: setup  ## the benchmarks, with their ratios
+	@for name in import_time in_process launches produce_to_done; do \
+		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+clean:  ## remove .venv and what was built
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
