@@ -238,12 +238,19 @@ def _start_worker(name: str, bootstrap_servers: str, logs: IO[bytes]) -> "subpro
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """Within the block SIGTERM ends the program by an exception, so that what it started is ended too."""
+    asked = False
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the interface of signal handlers
+        nonlocal asked
+        asked = True
         raise SystemExit(_TERMINATED)
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except Exception:
+        if asked:  # the exception was lost on its way: see kser.cli.errors.interrupt()
+            raise SystemExit(_TERMINATED) from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)

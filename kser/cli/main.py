@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -11,7 +12,7 @@ import click
 
 from kser.cli.broker import broker
 from kser.cli.demo import demo
-from kser.cli.errors import FAILED, explain
+from kser.cli.errors import FAILED, explain, interrupt
 from kser.cli.launch import launch
 from kser.cli.options import example, format_option, need_command, outer_log_level_option
 from kser.cli.send import send
@@ -108,6 +109,10 @@ for _command in (demo, worker, launch, send, tasks, topics, broker):
 def main() -> NoReturn:
     """Entry point of the console script."""
     _open_standard_files()
+    if (
+        signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ):  # and not ignored, as in the background of a shell
+        signal.signal(signal.SIGINT, interrupt)
     cli(prog_name="kser")
     raise AssertionError("unreachable: the group exits")
 

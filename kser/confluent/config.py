@@ -305,8 +305,9 @@ def _transactional_producer(user: Mapping[str, Any], transactional_id: str) -> d
     # What idempotence excludes is left out here, so that one mapping serves plain and transactional producers.
     given = _without(user, CONSUMER | {"acks", "linger.ms", "retries", "max.in.flight"})
     config = _CLIENT_DEFAULTS | _PRODUCER_DEFAULTS | _TRANSACTION_DEFAULTS | given
-    if _number(config.get("delivery.timeout.ms")) > _number(config["transaction.timeout.ms"]):
-        del config["delivery.timeout.ms"]  # librdkafka refuses a longer one, and takes the transaction's by itself
+    for name in ("delivery.timeout.ms", "socket.timeout.ms"):
+        if _number(config.get(name)) > _number(config["transaction.timeout.ms"]):
+            del config[name]  # librdkafka refuses a longer one, and takes the transaction's by itself
     return config | {"enable.idempotence": True, "transactional.id": transactional_id}
 
 

@@ -26,8 +26,8 @@ from kser.transport import GroupMember, Partition, Position, RebalanceListener, 
 
 __all__ = ["ConfluentMember", "ConfluentSource", "to_offsets"]
 
-#: What a broker stores beside an offset, in bytes (its offset.metadata.max.bytes).
-_METADATA_BYTES: Final = 4096
+#: What a broker stores beside an offset is 4096 bytes (its offset.metadata.max.bytes), and the client adds a zero byte.
+_METADATA_BYTES: Final = 4095
 
 #: Seconds between two tries of a question that the coordinator cannot answer yet.
 _AGAIN_S: Final = 0.1
@@ -351,12 +351,21 @@ class ConfluentSource:
         """See Source. While a transaction is open in the partition, the second is the offset of its first record."""
         self._check_open()
         doing = f"Reading the watermarks of {partition[0]}[{partition[1]}]"
-        with kafka_errors(doing):
-            found = self._consumer.get_watermark_offsets(TopicPartition(partition[0], partition[1]), timeout=timeout_s)
-        if found is None:
-            raise unanswered(doing, timeout_s)
-        self._state.up()
-        return found
+        end = time.monotonic() + timeout_s
+        asked = TopicPartition(partition[0], partition[1])
+        while True:
+            try:
+                with kafka_errors(doing):
+                    found = self._consumer.get_watermark_offsets(asked, timeout=max(end - time.monotonic(), _AGAIN_S))
+            except TransportError as exc:
+                if not exc.retriable or time.monotonic() >= end:
+                    raise
+                time.sleep(_AGAIN_S)  # its leader is changing, or not known everywhere yet
+                continue
+            if found is None:
+                raise unanswered(doing, timeout_s)
+            self._state.up()
+            return found
 
     def _place(self, topic: str, partition: int, offset: int) -> None:
         """Go on reading a partition at ``offset``."""

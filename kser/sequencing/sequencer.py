@@ -49,8 +49,8 @@ class Consequences:
 def encode(kmsg: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
     """The bytes of a message.
 
-    Raises ValidationError when JSON has no form for it or a dumps() of user code raises, MessageTooLargeError when there
-    are more than ``limit``.
+    Raises ValidationError when JSON has no form for it or a dumps() of user code raises, and MessageTooLargeError when
+    there are more than ``limit``.
     """
     try:
         raw = kmsg.to_bytes()

@@ -48,7 +48,8 @@ class Position(NamedTuple):
     topic: str
     partition: int
     offset: int
-    #: Stored and given back as it is; at most 4096 bytes of UTF-8 (offset.metadata.max.bytes).
+    #: Stored and given back as it is; at most 4095 bytes of UTF-8: offset.metadata.max.bytes is 4096, and
+    #: confluent-kafka sends a zero byte behind it.
     metadata: str = ""
 
     @property

@@ -12,8 +12,8 @@ __all__ = ["Group", "Member", "Membership", "Subscription", "assign", "to_store"
 
 logger = logging.getLogger(__name__)
 
-#: offset.metadata.max.bytes of a Kafka broker.
-_METADATA_BYTES = 4096
+#: Most that can be stored beside an offset: see Position.metadata.
+_METADATA_BYTES = 4095
 
 
 class Subscription:

@@ -27,4 +27,6 @@ CONFIG = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
 
 if __name__ == "__main__":
     bootstrap, topic, group = sys.argv[1:4]
-    Worker(registry, topics=[topic], group=group, transport=KillingTransport(CONFIG | {"bootstrap.servers": bootstrap})).run()
+    Worker(
+        registry, topics=[topic], group=group, transport=KillingTransport(CONFIG | {"bootstrap.servers": bootstrap})
+    ).run()

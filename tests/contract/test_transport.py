@@ -241,11 +241,12 @@ def test_a_commit_is_stored_with_its_metadata_and_the_next_member_resumes_there(
     assert second.committed([position.of]) == [Position(topic, 0, 5, "")]
 
 
-def test_metadata_of_4096_bytes_is_stored_and_more_is_refused(broker: Broker):
+def test_metadata_of_4095_bytes_is_stored_and_more_is_refused(broker: Broker):
     topic = broker.make_topic()
     source = broker.joined(broker.new_name("g"), topic)
-    full = Position(topic, 0, 0, "ü" * 2048)
-    source.commit([full])
+    for full in (Position(topic, 0, 0, "x" * 4095), Position(topic, 0, 0, "ü" * 2047 + "x")):
+        source.commit([full])
+        assert source.committed([full.of]) == [full]
     with pytest.raises(ValidationError):
         source.commit([Position(topic, 0, 0, full.metadata + "x")])
     assert source.committed([full.of]) == [full]
@@ -768,8 +769,8 @@ def test_offsets_of_a_partition_that_the_member_does_not_own_are_refused(bench: 
     assert bench.broker.everything(bench.output) == []
 
 
-def test_metadata_over_4096_bytes_is_refused_in_a_transaction_too(bench: Bench):
-    full = Position(bench.input, 0, 1, "x" * 4096)
+def test_metadata_over_4095_bytes_is_refused_in_a_transaction_too(bench: Bench):
+    full = Position(bench.input, 0, 1, "x" * 4095)
     bench.sink.begin()
     with pytest.raises(ValidationError):
         bench.sink.send_offsets([full._replace(metadata=full.metadata + "x")], bench.source.member())

@@ -487,6 +487,18 @@ def test_what_a_listener_raises_comes_out_of_poll_and_the_assignment_comes_again
     assert source.assignment() == [P0, P1]
 
 
+def test_a_listener_decides_where_to_start_by_what_it_returns_only(transport):
+    def meddle(partitions):
+        source.pause(partitions)
+        source.seek(Position("t", 0, 2))
+        return [Position("t", 0, 1)]
+
+    source = transport.source("g")
+    source.subscribe(["t"], Listener(on_assign=meddle))
+    send(transport, b"0", b"1", b"2")
+    assert values(source.poll(0)) == [b"1", b"2"]
+
+
 def test_a_listener_cannot_poll_or_close(transport):
     def reenter(_):
         for call in (lambda: source.poll(0), source.close):
@@ -569,6 +581,13 @@ def test_a_transaction_that_was_overtaken_by_a_plain_commit_does_not_move_it_bac
     source.commit([Position("t", 0, 2, "plain")])
     sink.commit()
     assert transport.positions("g") == [Position("t", 0, 2, "plain"), Position("t", 1, 1, "transaction")]
+
+
+def test_a_sink_takes_members_of_this_transport_only(transport):
+    sink = transport.sink("tx")
+    sink.begin()
+    with pytest.raises(TypeError, match="MemorySource"):
+        sink.send_offsets([], object())
 
 
 def test_groups_do_not_know_of_each_other(transport):

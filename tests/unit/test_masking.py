@@ -1,0 +1,76 @@
+"""Masking: secrets are not shown, the rest is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kser.masking import MASK, looks_secret, mask
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "password", "PASSWORD", "db_password", "sasl.password", "passwordHash", "passphrase", "user-passwd",
+        "secret", "client_secret", "AWSSecretAccessKey", "token", "accessToken", "x-auth-token", "tokens",
+        "key", "keys", "api_key", "apiKey", "apikey", "APIKey", "x-api-key", "S3Key", "privateKeyPem",
+        "credential", "credentials", "Authorization",
+    ],
+)  # fmt: skip
+def test_names_that_look_secret(name):
+    assert looks_secret(name)
+
+
+@pytest.mark.parametrize("name", ["monkey", "keyboard", "hockey", "author", "order", "pass", "", "turkeys", "42", "é"])
+def test_names_that_do_not(name):
+    assert not looks_secret(name)
+
+
+def test_values_under_secret_names_are_masked_at_any_depth_and_the_argument_is_not_changed():
+    given_ = {"user": "ann", "db": [{"password": "p", "host": "h"}], "auth": {"token": {"a": 1}}, "n": (1, 2)}
+    before = repr(given_)
+    assert mask(given_) == {
+        "user": "ann",
+        "db": [{"password": MASK, "host": "h"}],
+        "auth": {"token": MASK},
+        "n": [1, 2],
+    }
+    assert repr(given_) == before
+
+
+def test_nothing_there_is_shown_as_it_is():
+    assert mask({"password": None, "token": "", "key": {}, "secret": []}) == {
+        "password": None, "token": "", "key": {}, "secret": [],
+    }  # fmt: skip
+
+
+def test_further_words_come_from_the_environment_at_each_use(monkeypatch):
+    assert mask({"iban": "DE1", "pin": "7"}) == {"iban": "DE1", "pin": "7"}
+    monkeypatch.setenv("KSER_SECRET_WORDS", "iban, PIN ,")
+    assert mask({"iban": "DE1", "pin": "7", "spinner": "x"})["iban"] == MASK
+    assert mask({"pin": "7"}) == {"pin": MASK}
+
+
+def test_what_refers_to_itself_or_is_nested_too_deep_is_said_to_be_so_and_nothing_raises():
+    circle = {"a": 1}
+    circle["self"] = circle
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    for value in (circle, deep, {"password": "p", "deep": deep}):
+        assert mask(value) == "(nested too deep to be shown)"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(), json_values), st.text(min_size=1))
+def test_a_secret_is_never_in_what_is_shown(params, secret):
+    params = {name: value for name, value in params.items() if secret not in repr(value) and secret not in name}
+    shown = mask(params | {"deep": [{"api_token": "\x00" + secret + "\x00"}]})
+    assert "\x00" + secret + "\x00" not in str(shown["deep"])
+    assert shown["deep"] == [{"api_token": MASK}]
+    assert set(shown) == set(params) | {"deep"}
