@@ -190,7 +190,7 @@ class Entrypoint(metaclass=EntrypointMeta):
 
     def _postrun(self, result: Result) -> Result:
         self._debug("PostRun")
-        return self._hooked(self.postrun, result)
+        return self._hooked("postrun", result)
 
     def _postrun_of_failure(self, failure: Result) -> None:
         try:
@@ -203,12 +203,12 @@ class Entrypoint(metaclass=EntrypointMeta):
         """Hooks, final status and log line of an execution that gave ``result``; the final Result."""
         self._mark(result)
         if results.is_success(result):
-            result = self._hooked(self.onsuccess, result)
+            result = self._hooked("onsuccess", result)
             if not results.is_success(result):
                 self._mark(result)
         else:
             try:
-                result = self._hooked(self.onerror, result)
+                result = self._hooked("onerror", result)
             except Exception:
                 # the failure that onerror() was called for stays the one to tell
                 self._logger.exception("%s.OnError: %s[%s] raised", type(self).__name__, self.path, self.uuid)
@@ -221,8 +221,8 @@ class Entrypoint(metaclass=EntrypointMeta):
     def _mark(self, result: Result) -> None:
         """Note how the execution ended. An entrypoint has no status; a Task has."""
 
-    def _hooked(self, hook: Callable[[Result], Result | None], result: Result) -> Result:
-        given = self._as_result(hook(result), hook.__name__)
+    def _hooked(self, hook: str, result: Result) -> Result:
+        given = self._as_result(getattr(self, hook)(result), hook)
         return result if given is None else given
 
     def _as_result(self, value: Any, method: str) -> Result | None:

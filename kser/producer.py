@@ -62,9 +62,10 @@ class _Shipment:
     def delivered(self, error: Error | None) -> None:
         if self.done:
             return  # told too late: it counts as not confirmed
-        self.error = error
-        self.done = True
-        self.opened.discard(self)
+        if not self.done:  # given up already, or dropped from the queue after that
+            self.error = error
+            self.done = True
+            self.opened.discard(self)
 
 
 class _Batch:
@@ -237,8 +238,7 @@ class BaseProducer(BaseController):
             else:
                 self._sink.poll(min(left, _SLICE_S))
             rest = [s for s in rest if not s.done]
-        if rest and self._opened.issubset(rest):  # else another thread still waits for some of what is queued
-            self._sink.drop_queued()
+        alone = self._opened.issubset(rest)  # else another thread still waits for some of what is queued
         for shipment in rest:
             if not shipment.done:
                 shipment.delivered(
@@ -248,6 +248,8 @@ class BaseProducer(BaseController):
                         extra={"uuids": [shipment.uuid]},
                     )
                 )
+        if rest and alone:
+            self._sink.drop_queued()
 
     def _bound(self, batch: _Batch) -> None:
         """Wait when too many are open, so that a long batch needs bounded memory in the client."""

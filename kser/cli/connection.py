@@ -4,11 +4,16 @@ What wins, from weak to strong: the file, KSER_KAFKA_*, options given as KSER_* 
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import click
 
 from kser.errors import ConfigurationError
 from kser.producer import BaseProducer
@@ -18,6 +23,8 @@ __all__ = ["DEFAULT_GROUP", "Connection", "Drivers", "parse_topic", "read_file"]
 
 DEFAULT_GROUP = "kser"
 
+#: Seconds without an answer after which a person wonders.
+_LONG_S = 2.0
 _BOOTSTRAP = "bootstrap.servers"
 _NO_BROKER = (
     "No broker is named: add --bootstrap-servers HOST:PORT, or set KSER_BOOTSTRAP_SERVERS. For one at hand run "
@@ -125,6 +132,21 @@ class Connection:
         """A producer for this broker; whoever asked closes it."""
         return self._drivers.producer(self.config)
 
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Around calls that wait for the broker: a terminal is told so when it takes long."""
+        if sys.stderr is None or not sys.stderr.isatty():
+            yield
+            return
+        text = f"kser: waiting for Kafka on {self.config[_BOOTSTRAP]} ..."
+        timer = threading.Timer(_LONG_S, click.echo, [text], {"err": True})
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     @cached_property
     def _file(self) -> dict[str, Any]:
         return read_file(self._path) if self._path is not None else {}
@@ -172,7 +194,7 @@ def _checked(path: Path, data: Any) -> dict[str, Any]:
     unknown = [str(name) for name in data if name not in ("kafka", "topics")]
     if unknown:
         raise ConfigurationError(
-            f"Configuration file {path}: unknown {', '.join(unknown)}; it takes `kafka:` and `topics:`, and Kafka's "
+            f"Configuration file {path}: unknown entry {', '.join(unknown)}; it takes `kafka:` and `topics:`, and Kafka's "
             "properties belong below `kafka:`"
         )
     kafka, topics = data.get("kafka") or {}, data.get("topics") or []

@@ -5,6 +5,7 @@ from typing import Any
 import click
 
 from kser import results
+from kser.cli import logs
 from kser.cli.connection import Connection
 from kser.cli.errors import CommandFailed, where
 from kser.cli.load import find_class, load
@@ -35,6 +36,8 @@ __all__ = ["launch"]
 
 #: Longest wait for the broker's confirmation when --timeout is longer, or not given.
 _CONFIRMED_S = 60.0
+#: Longest wait for a sign of life of the broker.
+_ANSWERS_S = 10.0
 
 
 @click.command(
@@ -87,11 +90,15 @@ def launch(
         tell_sent(made.uuid, made.path, target, _send(made, loaded, connection, target, deadline), output)
         return
     named = connection.group(group)
-    reader = connection.transport().reader([events_topic(named)], start="end")  # before the first event can come
+    transport = connection.transport()
+    with connection.patience():
+        transport.admin().cluster_id(min(_ANSWERS_S, deadline.left))  # else reader() waits for its own time
+        reader = transport.reader([events_topic(named)], start="end")  # before the first event can come
     try:
         sent = _send(made, loaded, connection, target, deadline)
         if not results.is_success(sent) or output != "json":
             tell_sent(made.uuid, made.path, target, sent, output)
+        logs.tell_all()
         watch(reader, made.uuid, made.path, group=named, topic=target, deadline=deadline, output=output)
     finally:
         reader.close()
@@ -131,7 +138,7 @@ def _send(
     made: Entrypoint, registry: OperationRegistry, connection: Connection, topic: str, deadline: Deadline
 ) -> Result:
     timeout = min(_CONFIRMED_S, deadline.left)
-    with connection.producer() as producer:
+    with connection.patience(), connection.producer() as producer:
         if isinstance(made, Operation):
             registry.configure(producer=_Within(producer, timeout))
             return made.launch()

@@ -4,12 +4,12 @@ import logging
 import sys
 from typing import IO
 
-__all__ = ["FORMAT", "configure"]
+__all__ = ["FORMAT", "configure", "tell_all"]
 
 FORMAT = "%(asctime)s %(levelname)-8s %(message)s"
 
-#: What these say of a message that was not sent, the commands tell by themselves, in one line.
-_TOLD_BY_COMMANDS = "kser.producer"
+#: What these say of a broker that does not answer, a command's own error line tells as well.
+_TOLD_BY_COMMANDS = ("kser.producer", "kser.confluent")
 
 
 class _StderrHandler(logging.StreamHandler[IO[str]]):
@@ -37,4 +37,11 @@ def configure(level: str, *, chosen: bool = True) -> None:
         root.addHandler(_StderrHandler())
     root.setLevel(level.upper())
     quiet = not chosen and level.upper() == "WARNING"
-    logging.getLogger(_TOLD_BY_COMMANDS).setLevel(logging.CRITICAL if quiet else logging.NOTSET)
+    for name in _TOLD_BY_COMMANDS:
+        logging.getLogger(name).setLevel(logging.CRITICAL if quiet else logging.NOTSET)
+
+
+def tell_all() -> None:
+    """Log from the level on whoever says it: for a command that goes on whatever the broker does."""
+    for name in _TOLD_BY_COMMANDS:
+        logging.getLogger(name).setLevel(logging.NOTSET)

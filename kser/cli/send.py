@@ -69,7 +69,7 @@ def send(
     if target is None:
         raise ConfigurationError(NO_TOPIC)
     kmsg = Message(uuid or str(uuids.uuid4()), entrypoint, params)
-    with connection.producer() as producer:
+    with connection.patience(), connection.producer() as producer:
         result = producer.send(target, kmsg, timeout, key=key)
     tell_sent(kmsg.uuid, entrypoint, target, result, output)
 

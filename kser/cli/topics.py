@@ -83,14 +83,17 @@ def create(
     """
     specs = _wanted(connection, group, topics, partitions, replication)
     admin = connection.transport().admin()
-    if not admin.can_create():
+    with connection.patience():
+        orders_taken = admin.can_create()
+    if not orders_taken:
         orders = " ".join(f"--topic {spec.name}:{spec.partitions}" for spec in specs)
         raise CommandFailed(
             "This is the embedded broker: it makes topics by itself and takes no orders. To choose their partitions, "
             f"start it with them: kser broker {orders}"
         )
-    made = set(admin.create(specs))
-    there = admin.describe([spec.name for spec in specs])
+    with connection.patience():
+        made = set(admin.create(specs))
+        there = admin.describe([spec.name for spec in specs])
     rows = [(s.name, there[s.name].partitions if s.name in there else s.partitions, s.name in made) for s in specs]
     if output == "json":
         write_json({"topics": [{"name": name, "partitions": n, "created": new} for name, n, new in rows]})
@@ -117,7 +120,8 @@ def check(
 ) -> None:
     """Say what is wrong with the topics: partitions, replicas, retention. Exit code 0 when nothing is, else 1."""
     specs = _wanted(connection, group, topics, partitions, replication)
-    findings = check_topics(connection.transport().admin(), specs)
+    with connection.patience():
+        findings = check_topics(connection.transport().admin(), specs)
     if output == "json":
         write_json({"topics": [spec.name for spec in specs], "findings": findings})
     else:

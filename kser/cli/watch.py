@@ -51,8 +51,8 @@ def watch(
         while not view.ended:
             if not deadline.left:
                 raise CommandFailed(
-                    f"{name}[{uuid}] is {view.status} after {deadline.timeout_s:g} s, {len(view.steps)} step(s) done; "
-                    "it goes on without being watched"
+                    f"{name}[{uuid}] has not ended within {deadline.timeout_s:g} s: {view.status}, {len(view.steps)} "
+                    "step(s) done. It goes on by itself"
                 )
             for event in read(reader.poll(min(_POLL_S, deadline.left))):
                 if view.apply(event):

@@ -71,12 +71,13 @@ def worker(
     Asked to stop, it takes nothing more, lets what runs end (--drain), settles it and leaves the group: exit code 0.
     Asked twice, it does not wait. What did not end is run by another worker.
     """
+    config, named = connection.config, connection.topics(topics)
     loaded = load(registry)
     if not loaded.tasks():
         raise ConfigurationError(f"Nothing is registered in {registry}: put @registry.subscribe on its classes")
     running = Worker(
         loaded,
-        topics=connection.topics(topics),
+        topics=named,
         group=connection.group(group),
         transport=connection.transport(),
         name=name,
@@ -90,7 +91,7 @@ def worker(
         running.name,
         running.group,
         ", ".join(running.topics),
-        connection.config["bootstrap.servers"],
+        config["bootstrap.servers"],
     )
     with stopping_on_signals(running.stop):
         running.run()

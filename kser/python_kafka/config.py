@@ -56,10 +56,9 @@ def _retries(value: Any) -> int | None:
 
 
 def _whole(value: Any) -> int:
-    number = int(value) if isinstance(value, (int, str)) and not isinstance(value, bool) else -1
-    if number < 0:
+    if isinstance(value, bool) or not str(value).isdecimal():
         raise ValueError("give a whole number")
-    return number
+    return int(value)
 
 
 def _at_least_one(value: Any) -> int:
@@ -188,9 +187,9 @@ _REFUSED: Final[dict[str, str]] = {
     "proxy_url": "librdkafka knows no proxies; give addresses that can be reached directly",
     "socks5_proxy": "librdkafka knows no proxies; give addresses that can be reached directly",
 }
-#: kafka-python's, kept because they show.
+#: kafka-python's, kept because it shows. Its auto_offset_reset, latest, is not kept: what was sent before the first
+#: worker of a group started would never be run.
 _CLIENT_DEFAULTS: Final = {"bootstrap.servers": "localhost:9092"}
-_CONSUMER_DEFAULTS: Final = {"auto.offset.reset": "latest"}
 #: Not kafka-python's 500: what was taken and not run would wait behind a long task.
 _MAX_POLL_RECORDS: Final = 1
 
@@ -202,7 +201,7 @@ def consumer_config(options: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """
     given = dict(options)
     records = given.pop("max_poll_records", None)
-    config = _CLIENT_DEFAULTS | _CONSUMER_DEFAULTS | _translated(given, _CLIENT | _CONSUMER, _PRODUCER, "producers")
+    config = _CLIENT_DEFAULTS | _translated(given, _CLIENT | _CONSUMER, _PRODUCER, "producers")
     if records is None:
         return config, _MAX_POLL_RECORDS
     try:
