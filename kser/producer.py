@@ -22,7 +22,7 @@ __all__ = ["BaseProducer", "max_message_bytes"]
 logger = logging.getLogger(__name__)
 
 #: Longest time one thread serves callbacks before it looks whether its own message was confirmed by another thread.
-_SLICE_S = 0.01
+_SLICE_S = 0.05
 #: Messages a batch may have open before it waits for some: bounds memory, and what a dead broker can hold back.
 _OPEN_IN_BATCH = 50_000
 
@@ -233,10 +233,7 @@ class BaseProducer(BaseController):
             left = end - time.monotonic()
             if left <= 0:
                 break
-            if len(rest) > 1:
-                self._sink.flush(min(left, 1))
-            else:
-                self._sink.poll(min(left, _SLICE_S))
+            self._sink.flush(min(left, _SLICE_S))
             rest = [s for s in rest if not s.done]
         alone = self._opened.issubset(rest)  # else another thread still waits for some of what is queued
         for shipment in rest:

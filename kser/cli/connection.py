@@ -194,8 +194,8 @@ def _checked(path: Path, data: Any) -> dict[str, Any]:
     unknown = [str(name) for name in data if name not in ("kafka", "topics")]
     if unknown:
         raise ConfigurationError(
-            f"Configuration file {path}: unknown entry {', '.join(unknown)}; it takes `kafka:` and `topics:`, and Kafka's "
-            "properties belong below `kafka:`"
+            f"Configuration file {path}: unknown entry {', '.join(unknown)}; it takes `kafka:` and `topics:`, and "
+            "Kafka's properties belong below `kafka:`"
         )
     kafka, topics = data.get("kafka") or {}, data.get("topics") or []
     if not isinstance(kafka, dict):

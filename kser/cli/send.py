@@ -77,7 +77,7 @@ def send(
 def tell_sent(uuid: str, entrypoint: str, topic: str, result: results.Result, output: str) -> None:
     """Print where a message went. Raises CommandFailed with the reason when it was not confirmed."""
     if not results.is_success(result):
-        raise CommandFailed(f"{entrypoint}[{uuid}] was not sent to {topic}: {result.stderr}")
+        raise CommandFailed(f"{entrypoint}[{uuid}] is not confirmed in topic {topic}: {result.stderr}")
     if output == "json":
         write_json({"uuid": uuid, "entrypoint": entrypoint, "topic": topic, "result": result})
     else:

@@ -61,8 +61,8 @@ def watch(
             if silent_since is not None and time.monotonic() - silent_since > HINT_AFTER_S:
                 silent_since = None
                 display.hint(
-                    f"Nothing has happened for {HINT_AFTER_S:g} s: no worker of group {group} seems to run on topic "
-                    f"{topic}"
+                    f"Nothing has ended for {HINT_AFTER_S:g} s: no worker of group {group} seems to run on topic {topic}, "
+                    "or the first task takes long"
                 )
     if view.status != Status.SUCCESS:
         raise CommandFailed(describe_failure(view))

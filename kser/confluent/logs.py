@@ -103,7 +103,7 @@ class ClientState:
                 self._down = True
                 logger.warning("The %s reaches no broker of %s: it goes on trying", self._what, self._brokers)
         else:
-            self.quiet.log(logging.INFO, "%s [%s] %s", error.name(), self._what, error.str())
+            self.quiet.log(logging.DEBUG, "%s [%s] %s", error.name(), self._what, error.str())
 
     def up(self) -> None:
         """Something was answered."""

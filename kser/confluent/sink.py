@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from kser.confluent.config import new_client
 from kser.confluent.errors import kafka_error, kafka_errors, too_large, translate
 from kser.confluent.logs import ClientState, logger
 from kser.confluent.source import ConfluentMember, to_offsets
-from kser.errors import Error, GroupError, TransportError
+from kser.errors import Error, FencedError, GroupError, TransportError
 from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
 
 __all__ = ["ConfluentSink"]
@@ -32,7 +32,18 @@ _OFFSETS_TRIES: Final = 3
 _BEFORE_ABORT_S: Final = 5.0
 #: What the client itself may take to end, once nothing is left in it.
 _DESTROY_S: Final = 5.0
+#: How long the first record of a sink may wait for the client to find the brokers.
+_MEETING_S: Final = 0.1
 _PURGED: Final = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
+#: The broker and an idempotent producer do not agree on where the producer is.
+_SEQUENCE: Final = frozenset(
+    {
+        KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER,
+        KafkaError.INVALID_PRODUCER_ID_MAPPING,
+        KafkaError.UNKNOWN_PRODUCER_ID,
+        KafkaError._FATAL,
+    }
+)
 
 
 class ConfluentSink:
@@ -64,6 +75,7 @@ class ConfluentSink:
         #: Why what is queued is given up, when that is known better than by the client.
         self._reason: Error | None = None
         self._producer: Producer | None = new_client(Producer, self._config, self._state)
+        self._met = self._id is not None
         self._initialised = False
         self._open = False
         #: send_offsets() failed: a commit would store the records without the offsets.
@@ -82,6 +94,8 @@ class ConfluentSink:
         told = self._unclaimed if on_delivery is None else partial(self._deliver, on_delivery)
         number = -1 if partition is None else partition
         names: list[tuple[str, str | bytes | None]] | None = list(headers) if headers else None
+        if not self._met:
+            self._meet(producer, topic)
         give_up_at = 0.0
         while True:
             try:
@@ -248,6 +262,9 @@ class ConfluentSink:
             failure = self._reason
         if failure is None:
             failure = translate(error, f"Delivering a record to topic {topic}", topic=topic)
+        if self._id is None and (isinstance(failure, FencedError) or error.code() in _SEQUENCE):
+            # Nobody fences a plain producer: it lost its place, gets a new id, and the record may be sent again.
+            failure = TransportError(failure.message, retriable=True, extra=failure.extra)
         self._failure = self._failure or failure
         return failure
 
@@ -310,6 +327,17 @@ class ConfluentSink:
                 f"The {self._name} has no room for more records: {len(producer)} wait to be confirmed", retriable=True
             )
         self._serve(producer, partial(producer.poll, 0.05))
+
+    def _meet(self, producer: Producer, topic: str) -> None:
+        """Before the first record: a record that comes before the brokers are found waits 500 ms for its producer id.
+
+        librdkafka looks for the id whenever it has learnt of brokers, else twice a second only; this makes it learn.
+        """
+        self._met = True
+        if not self._inside_callback:
+            with suppress(KafkaException):  # nobody answers: records wait then, as ever
+                for _ in range(2):
+                    producer.list_topics(topic, timeout=_MEETING_S)
 
     def _refused(self, error: KafkaError, record: OutRecord) -> Error:
         headers = sum(len(name) + len(value or b"") for name, value in record.headers)

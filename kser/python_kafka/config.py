@@ -1,8 +1,8 @@
 """kafka-python's options as librdkafka's properties.
 
 A program written for ``kser.python_kafka`` of kser 0.8 keeps its settings. Where the two clients differ in what they
-do by themselves, kafka-python's habit is kept if it shows: brokers on localhost, new groups that start at the end of
-their topics. What decides about loss is kser's: offsets are committed after the work, and every write is confirmed.
+do by themselves, kafka-python's habit is kept if it shows: brokers on localhost. What decides about loss is kser's: a
+new group starts with the oldest message, offsets are committed after the work, and every write is confirmed.
 
 Source: DEFAULT_CONFIG of KafkaConsumer and KafkaProducer in kafka-python 3.0; options of 2.x that were dropped since
 are accepted where they meant nothing to the data.

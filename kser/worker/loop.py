@@ -321,7 +321,10 @@ class _Loop:
     def _settle(self) -> None:
         """Serve confirmations, send again what has to be, commit what is settled when it is time."""
         if self.pending:
-            self.sink.poll(0 if self.in_flight else 0.005)
+            if self.in_flight:
+                self.sink.poll(0)
+            else:
+                self.sink.flush(0.005)  # nothing more is coming: sends at once what still waits for company
         now = time.monotonic()
         if self.retrying and self.retrying[0].due <= now:
             again, self.retrying = self.retrying, []

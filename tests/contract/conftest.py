@@ -13,18 +13,18 @@ from kser.testing import FakeClock, eventually
 from kser.transport import OutRecord, Partition, Position, Record, Sink, Source, TopicSpec, Transport
 from kser.transport.memory import MemoryTransport
 
-#: Of a member that does not poll, and of an open transaction: as short as Apache Kafka allows.
-SESSION_S = 2
-TRANSACTION_S = 2
-
-#: For clients of the suite: short periods, where tests wait for them.
-QUICK: dict[str, object] = {
-    "session.timeout.ms": SESSION_S * 1000,
+#: For the clients of the suite: short periods where a test waits for them.
+CLIENTS: dict[str, object] = {
+    # A member learns of a rebalance by its next heartbeat.
     "heartbeat.interval.ms": 300,
-    "max.poll.interval.ms": SESSION_S * 1000,
-    "transaction.timeout.ms": TRANSACTION_S * 1000,
     "topic.metadata.refresh.interval.ms": 1000,
     "topic.metadata.propagation.max.ms": 1000,
+}
+#: For those that are to be put out: a member that does not poll, a transaction that takes too long.
+HASTY: dict[str, object] = {
+    "session.timeout.ms": 2000,
+    "max.poll.interval.ms": 2000,
+    "transaction.timeout.ms": 2000,
 }
 
 
@@ -63,6 +63,8 @@ class Broker:
 
     name: str
     transport: Transport
+    #: The same broker; its members are put out after 2 s without a poll, its transactions are aborted after 2 s.
+    hasty: Transport
     _create: Callable[[str, int], object]
     _delete_before: Callable[[Partition, int], object]
     #: Milliseconds since the epoch, by the clock that stamps the records.
@@ -88,9 +90,9 @@ class Broker:
         """What retention does. Not on the embedded broker, which cannot."""
         self._delete_before(partition, offset)
 
-    def source(self, group: str, topic: str, listener: Listener | None = None) -> Source:
+    def source(self, group: str, topic: str, listener: Listener | None = None, *, hasty: bool = False) -> Source:
         """A source that has subscribed."""
-        source = self.transport.source(group)
+        source = (self.hasty if hasty else self.transport).source(group)
         self._opened.callback(source.close)
         source.subscribe([topic], listener or Listener())
         return source
@@ -106,8 +108,8 @@ class Broker:
         assert early == []
         return source
 
-    def sink(self, transactional_id: str | None = None) -> Sink:
-        sink = self.transport.sink(transactional_id)
+    def sink(self, transactional_id: str | None = None, *, hasty: bool = False) -> Sink:
+        sink = (self.hasty if hasty else self.transport).sink(transactional_id)
         self._opened.callback(sink.close)
         return sink
 
@@ -137,35 +139,40 @@ class Broker:
 
 def _memory() -> Broker:
     clock = FakeClock()
-    transport = MemoryTransport(
-        clock=clock, session_timeout_s=SESSION_S, transaction_timeout_s=TRANSACTION_S, auto_create=False
-    )
+    transport = MemoryTransport(clock=clock, auto_create=False)
 
     def create(name: str, partitions: int) -> None:
         transport.admin().create([TopicSpec(name=name, partitions=partitions)])
 
-    return Broker("memory", transport, create, transport.delete_before, clock.time_ms, transport.sink())
+    return Broker("memory", transport, transport, create, transport.delete_before, clock.time_ms, transport.sink())
+
+
+#: What tests of one Kafka share: a transport, the hasty one, and a sink, whose first record alone takes 0.5 s.
+Clients = tuple[Transport, Transport, Sink]
 
 
 @pytest.fixture(scope="session")
-def kafka_clients() -> Iterator[Callable[[str], tuple[Transport, Sink]]]:
-    """A transport of these bootstrap servers with a sink: one for all tests, its first record alone takes 0.5 s."""
-    made: dict[str, tuple[Transport, Sink]] = {}
+def kafka_clients() -> Iterator[Callable[[str], Clients]]:
+    """Those for these bootstrap servers."""
+    made: dict[str, Clients] = {}
 
-    def clients(servers: str) -> tuple[Transport, Sink]:
+    def clients(servers: str) -> Clients:
         if servers not in made:
             from kser.confluent.transport import ConfluentTransport
 
-            transport = ConfluentTransport({"bootstrap.servers": servers, **QUICK})
-            made[servers] = (transport, transport.sink())
+            settings = {"bootstrap.servers": servers, **CLIENTS}
+            transport = ConfluentTransport(settings)
+            made[servers] = (transport, ConfluentTransport(settings | HASTY), transport.sink())
         return made[servers]
 
     yield clients
-    for _, sink in made.values():
+    for _, _, sink in made.values():
         sink.close()
 
 
-def _kafka(name: str, server: Any, transport: Transport, sink: Sink) -> Broker:
+def _kafka(name: str, server: Any, clients: Clients) -> Broker:
+    transport, hasty, sink = clients
+
     def delete_before(partition: Partition, offset: int) -> None:
         from confluent_kafka import TopicPartition
 
@@ -173,12 +180,15 @@ def _kafka(name: str, server: Any, transport: Transport, sink: Sink) -> Broker:
         for future in server.admin.delete_records([target]).values():
             future.result(20)
 
-    return Broker(name, transport, server.create_topic, delete_before, lambda: time.time_ns() // 1_000_000, sink)
+    def now_ms() -> int:
+        return time.time_ns() // 1_000_000
+
+    return Broker(name, transport, hasty, server.create_topic, delete_before, now_ms, sink)
 
 
 @pytest.fixture
 def broker_named(
-    request: pytest.FixtureRequest, kafka_clients: Callable[[str], tuple[Transport, Sink]]
+    request: pytest.FixtureRequest, kafka_clients: Callable[[str], Clients]
 ) -> Iterator[Callable[[str], Broker]]:
     """The broker of that name. Each test has its own topics and groups, and on memory a cluster of its own."""
     with ExitStack() as closing:
@@ -188,7 +198,7 @@ def broker_named(
                 made = _memory()
             else:
                 server = request.getfixturevalue(name)
-                made = _kafka(name, server, *kafka_clients(server.bootstrap_servers))
+                made = _kafka(name, server, kafka_clients(server.bootstrap_servers))
             closing.callback(made.close)
             return made
 

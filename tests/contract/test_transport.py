@@ -350,7 +350,7 @@ def test_a_member_that_was_put_out_cannot_commit_and_is_told_so(exact_broker: Br
     exact_broker.send(topic, b"0", partition=0)
     exact_broker.send(topic, b"1", partition=1)
     told = Listener()
-    a = exact_broker.source(group, topic, told)
+    a = exact_broker.source(group, topic, told, hasty=True)
     take(a, 2)
     stale = a.member()
     b = exact_broker.source(group, topic)  # a does not poll any more
@@ -851,13 +851,14 @@ def test_a_new_owner_starts_behind_the_offsets_of_a_pending_transaction(bench: B
 
 
 def test_a_transaction_that_takes_too_long_is_aborted_and_its_producer_fenced(bench: Bench):
-    bench.sink.begin()
-    bench.write(bench.sink, b"too slow")
-    assert bench.sink.flush(20) == 0
+    sink = bench.broker.sink(bench.id, hasty=True)
+    sink.begin()
+    bench.write(sink, b"too slow")
+    assert sink.flush(20) == 0
     bench.broker.send(bench.output, b"behind", partition=0)
     assert values(take(bench.reader, 1, seconds=30)) == [b"behind"]
     with pytest.raises(FencedError):
-        bench.sink.commit()
+        sink.commit()
     renewed = bench.broker.sink(bench.id)
     renewed.begin()
     bench.write(renewed, b"again")
