@@ -38,7 +38,7 @@ def broker(topics: tuple[tuple[str, int | None], ...], group: str | None, output
     Any Kafka client can use it. It keeps everything in memory, at most 5 MB or 100,000 records a partition, and it is
     all gone at the end. A topic that is not named here is made by its first use, with 4 partitions.
     """
-    from kser.confluent.embedded import EmbeddedBroker
+    from kser.confluent.embedded import EmbeddedBroker  # here: its package loads the Kafka client
 
     wanted = {name: partitions or DEFAULT_PARTITIONS for name, partitions in topics}
     for spec in group_topics(group) if group else []:

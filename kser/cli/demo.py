@@ -22,7 +22,6 @@ from kser.cli.dice import DiceLaunch, DiceRoll, registry
 from kser.cli.errors import CommandFailed
 from kser.cli.options import example, format_option, log_level_option, option
 from kser.cli.watch import Deadline, describe_failure, styled_terminal
-from kser.confluent.embedded import EmbeddedBroker
 from kser.entry import wire_name
 from kser.events import OperationView, events_topic, read
 from kser.producer import BaseProducer
@@ -69,6 +68,8 @@ def demo(operations: int, workers: int, output: str) -> None:
     It starts a Kafka broker in memory and the workers, launches the operations, shows them advance as the workers tell
     it in the events topic, and ends everything again. Exit code 0 when all operations succeeded.
     """
+    from kser.confluent.embedded import EmbeddedBroker  # here: its package loads the Kafka client
+
     deadline = Deadline(TIMEOUT_S)
     names = [f"worker-{number}" for number in range(1, workers + 1)]
     view = _choose_view(output, operations, names)

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kser.cli.demo_view import ROLLS, DemoView, roll_of, total
+from kser.cli.watch import spinner_for, writes_unicode
 from kser.events import Event, OperationView
 from kser.status import Status
 
@@ -34,9 +35,11 @@ class TableView(DemoView):
     def __init__(self, operations: int, workers: Sequence[str], console: Console) -> None:
         super().__init__(operations, workers)
         self._console = console
-        self._faces = _FACES if (console.encoding or "").lower().startswith("utf") else ""
+        unicode = writes_unicode(console)
+        self._faces = _FACES if unicode else ""
+        self._coming, self._later = ("…", "·") if unicode else ("...", "-")
         self._styles = {name: _COLOURS[at % len(_COLOURS)] for at, name in enumerate(workers)}
-        self._spinner = Spinner("dots", "the workers are starting", style="yellow")
+        self._spinner = Spinner(spinner_for(console), "the workers are starting", style="yellow")
 
     def workers_ready(self) -> None:
         """All workers have joined."""
@@ -88,8 +91,8 @@ class TableView(DemoView):
             face = f"{self._faces[value - 1]} " if value and self._faces else ""
             cells.append(Text.assemble((f"{face}{value or 'x'}", f"bold {style}"), (f" {step.worker}", style)))
         if len(cells) < ROLLS and game.status == Status.RUNNING:
-            cells.append(Text("…", style="yellow"))
-        return cells + [Text("·", style="dim")] * (ROLLS - len(cells))
+            cells.append(Text(self._coming, style="yellow"))
+        return cells + [Text(self._later, style="dim")] * (ROLLS - len(cells))
 
     def _end(self, game: OperationView) -> tuple[Text, Text]:
         points = total(game)

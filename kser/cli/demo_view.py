@@ -109,7 +109,7 @@ class JsonView(DemoView):
 
     def event(self, game: OperationView, event: Event) -> None:  # noqa: ARG002 - the interface
         """Something happened."""
-        click.echo(event.to_bytes().decode())
+        click.echo(event.to_bytes())
 
     def summary(self) -> None:
         """All of them have ended well."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import io
 import os
 import signal
 import sys
@@ -109,6 +110,9 @@ for _command in (demo, worker, launch, send, tasks, topics, broker):
 def main() -> NoReturn:
     """Entry point of the console script."""
     _open_standard_files()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a task printed is shown, whatever the terminal takes
     if (
         signal.getsignal(signal.SIGINT) is signal.default_int_handler
     ):  # and not ignored, as in the background of a shell

@@ -12,9 +12,8 @@ __all__ = ["columns", "write_json"]
 
 
 def write_json(document: Any) -> None:
-    """One JSON document, on one line, at once."""
-    text = orjson.dumps(document, default=_plain, option=orjson.OPT_NON_STR_KEYS).decode()
-    click.echo(text)
+    """One JSON document, on one line, at once, in UTF-8 whatever the terminal's encoding."""
+    click.echo(orjson.dumps(document, default=_plain, option=orjson.OPT_NON_STR_KEYS))
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status as Spinner
 
-__all__ = ["Deadline", "describe_failure", "styled_terminal", "watch"]
+__all__ = ["Deadline", "describe_failure", "spinner_for", "styled_terminal", "watch", "writes_unicode"]
 
 #: Seconds without any event after which it is likely that no worker runs.
 HINT_AFTER_S = 10.0
@@ -61,8 +61,8 @@ def watch(
             if silent_since is not None and time.monotonic() - silent_since > HINT_AFTER_S:
                 silent_since = None
                 display.hint(
-                    f"Nothing has ended for {HINT_AFTER_S:g} s: no worker of group {group} seems to run on topic {topic}, "
-                    "or the first task takes long"
+                    f"Nothing has ended for {HINT_AFTER_S:g} s: no worker of group {group} seems to run on topic "
+                    f"{topic}, or the first task takes long"
                 )
     if view.status != Status.SUCCESS:
         raise CommandFailed(describe_failure(view))
@@ -85,6 +85,16 @@ def styled_terminal() -> "Console | None":
 
     console = Console(highlight=False)
     return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+def writes_unicode(console: "Console") -> bool:
+    """True when the terminal takes more than ASCII."""
+    return console.encoding.lower().startswith("utf")
+
+
+def spinner_for(console: "Console") -> str:
+    """The name of a rich spinner that this terminal can show."""
+    return "dots" if writes_unicode(console) else "line"
 
 
 # -- displays --------------------------------------------------------------------------------------------------------
@@ -135,7 +145,7 @@ class _JsonLines(_Lines):
 
     def event(self, event: Event) -> None:
         """Show one event."""
-        click.echo(event.to_bytes().decode())
+        click.echo(event.to_bytes())
 
 
 class _LiveLines(_Lines):
@@ -162,7 +172,7 @@ class _LiveLines(_Lines):
 
 @contextmanager
 def _live(console: "Console") -> Iterator["_LiveLines"]:
-    with console.status("waiting for a worker") as status:
+    with console.status("waiting for a worker", spinner=spinner_for(console)) as status:
         yield _LiveLines(console, status)
 
 

@@ -17,7 +17,7 @@ from kser.errors import (
     TransportError,
 )
 
-__all__ = ["LOST", "REFUSED", "kafka_error", "kafka_errors", "too_large", "translate", "unanswered"]
+__all__ = ["LOST", "REFUSED", "is_fatal", "kafka_error", "kafka_errors", "too_large", "translate", "unanswered"]
 
 #: The brokers will not let this client in, or not do this: no waiting cures it.
 _CURES: Final[dict[int, str]] = {
@@ -62,6 +62,12 @@ _GROUP = frozenset(
         KafkaError._ASSIGNMENT_LOST,
     }
 )
+#: Why a member is out of its group -> what that means; None for all others.
+_PUT_OUT: Final[dict[int | None, str]] = {
+    KafkaError.FENCED_INSTANCE_ID: "another process runs with the same group.instance.id: give each its own",
+    KafkaError.UNRELEASED_INSTANCE_ID: "another member holds the same group.instance.id until its session ends: try again",
+    None: "other members of the group have its partitions now",
+}
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})
 _UNDELIVERED = frozenset({KafkaError._MSG_TIMED_OUT, KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 _TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
@@ -107,16 +113,17 @@ def translate(error: KafkaError, doing: str, *, strict: bool = False, **extra: A
         strict: call an error retriable only where librdkafka flags it, as its transaction calls demand.
         extra: goes into ``extra`` of the error, beside ``kafka_error``, the name of the code.
     """
-    code = error.code()
-    extra["kafka_error"] = error.name()
+    code = _meant(error)
+    extra["kafka_error"] = error.name() if code == error.code() else KafkaError(code).name()
     said = f"{doing} failed: {_sentence(error)}"
     if code in _CURES:
         return ConfigurationError(f"{said}; {_CURES[code]}", extra=extra)
     if code in _FENCED:
         return FencedError(f"{said}; another producer took over the same transactional id", extra=extra)
     if code in _GROUP:
-        waits = code == KafkaError.UNRELEASED_INSTANCE_ID  # its dead predecessor holds the name until its session ends
-        return GroupError(f"{said}; other members of the group have its partitions now", retriable=waits, extra=extra)
+        # A member whose dead predecessor still holds its name may come again when that one's session has ended.
+        waits = code == KafkaError.UNRELEASED_INSTANCE_ID
+        return GroupError(f"{said}; {_PUT_OUT.get(code, _PUT_OUT[None])}", retriable=waits, extra=extra)
     if code in LOST:
         return OffsetLostError(f"{said}; choose where to go on, earliest or latest", extra=extra)
     if code in _UNDELIVERED:
@@ -124,7 +131,7 @@ def translate(error: KafkaError, doing: str, *, strict: bool = False, **extra: A
     if code in _MISSING:
         return TransportError(f"{said}; create the topic, or correct its name", extra=extra)
     retriable = error.retriable() if strict else error.retriable() or code in _PASSING
-    return TransportError(said, retriable=retriable and not error.fatal(), extra=extra)
+    return TransportError(said, retriable=retriable and not is_fatal(error), extra=extra)
 
 
 def too_large(error: KafkaError, what: str, size: int, limit: int, **extra: Any) -> Error | None:
@@ -155,6 +162,20 @@ def kafka_errors(doing: str, *, strict: bool = False, **extra: Any) -> Iterator[
 def unanswered(doing: str, timeout_s: float, *, retriable: bool = True) -> TransportError:
     """The error for a call that got no answer in its time."""
     return TransportError(f"{doing}: no answer from the broker within {timeout_s:.3g} s", retriable=retriable)
+
+
+def _meant(error: KafkaError) -> int:
+    """The code; where it only says that there was a fatal error, the one whose description is in the text."""
+    if error.code() != KafkaError._FATAL:
+        return error.code()
+    text = error.str() or ""
+    told = [code for code in (*_GROUP, *_FENCED, *_CURES) if (KafkaError(code).str() or "?") in text]
+    return max(told, key=lambda code: len(KafkaError(code).str() or ""), default=error.code())
+
+
+def is_fatal(error: KafkaError) -> bool:
+    """Whether the client is of no more use."""
+    return error.fatal() or error.code() == KafkaError._FATAL
 
 
 def _sentence(error: KafkaError) -> str:

@@ -11,7 +11,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from kser.confluent.admin import ConfluentAdmin
 from kser.confluent.aside import Aside
 from kser.confluent.config import new_client, reader_config
-from kser.confluent.errors import kafka_errors, translate, unanswered
+from kser.confluent.errors import is_fatal, kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState, logger
 from kser.errors import ConfigurationError, Error, TransportError
 from kser.transport import Record
@@ -174,7 +174,7 @@ class ConfluentReader:
             self._check_gone(key[0])
         else:
             failure: Error = translate(error, f"Reading {key[0]}[{key[1]}]" if key[0] else "Reading")
-            if error.fatal() or isinstance(failure, ConfigurationError):
+            if is_fatal(error) or isinstance(failure, ConfigurationError):
                 raise failure
             self._state.quiet.log(logging.WARNING, "%s [%s] %s", error.name(), "reader", failure.message)
 

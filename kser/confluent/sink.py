@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from kser.confluent.aside import Aside
 from kser.confluent.config import new_client
-from kser.confluent.errors import kafka_error, kafka_errors, too_large, translate
+from kser.confluent.errors import is_fatal, kafka_error, kafka_errors, too_large, translate
 from kser.confluent.logs import ClientState, logger
 from kser.confluent.source import ConfluentMember, to_offsets
 from kser.errors import Error, FencedError, GroupError, TransportError
@@ -108,7 +108,7 @@ class ConfluentSink:
                 error = kafka_error(exc)
                 if error is None:
                     raise TransportError(f"Writing to topic {record.topic} failed: {exc}") from exc
-                if not _is_fatal(error) or self._id is not None or not self._renew(producer):
+                if not is_fatal(error) or self._id is not None or not self._renew(producer):
                     raise self._refused(error, record) from exc
                 producer = self._client()
 
@@ -293,7 +293,7 @@ class ConfluentSink:
         if self._id is None:
             raise TransportError(f"{doing}: this sink has no transactional id, so it has no transactions")
         if self._dead is not None:
-            raise self._dead
+            raise self._dead.with_traceback(None)
         return self._client()
 
     def _serve(self, producer: Producer, call: Callable[[], int]) -> int:
@@ -368,10 +368,10 @@ class ConfluentSink:
             error = kafka_error(exc)
             if error is None:
                 raise TransportError(f"{doing} failed: {exc}") from exc
-            failure = translate(error, doing, strict=True, abort=error.txn_requires_abort(), fatal=_is_fatal(error))
+            failure = translate(error, doing, strict=True, abort=error.txn_requires_abort(), fatal=is_fatal(error))
             if error.txn_requires_abort() and self._failure is not None:
                 failure.message = f"{failure.message}; the first record failed so: {self._failure.message}"
-            if _is_fatal(error):
+            if is_fatal(error):
                 self._dead = failure
             raise failure from exc
         self._state.up()
@@ -414,7 +414,3 @@ class ConfluentSink:
         except (KafkaException, RuntimeError, RuntimeWarning, SystemError) as exc:
             # SystemError: what confluent-kafka 2.16 makes of a fatal error that it meets in close()
             logger.warning("Closing the %s: %s", self._name, exc)
-
-
-def _is_fatal(error: KafkaError) -> bool:
-    return error.fatal() or error.code() == KafkaError._FATAL

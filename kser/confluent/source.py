@@ -19,7 +19,7 @@ from confluent_kafka import (
 from kser.confluent.admin import ConfluentAdmin
 from kser.confluent.aside import Aside
 from kser.confluent.config import Start, is_incremental, new_client
-from kser.confluent.errors import LOST, kafka_error, kafka_errors, translate, unanswered
+from kser.confluent.errors import LOST, is_fatal, kafka_error, kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState, logger
 from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError, ValidationError
 from kser.transport import GroupMember, Partition, Position, RebalanceListener, Record
@@ -100,6 +100,8 @@ class ConfluentSource:
         self._just_assigned: set[tuple[str, int]] = set()
         #: What a callback raised or the client reported, for the next poll().
         self._failure: BaseException | None = None
+        #: What made the client useless for good.
+        self._dead: Error | None = None
         #: A callback of the listener is running, so poll() and close() are further up the stack.
         self._in_callback = False
         #: A poll ended in an exception: what the client had given out by then never reached the caller.
@@ -172,7 +174,7 @@ class ConfluentSource:
             messages = self._fetch(left, max_records)
             records = self._records(messages) if messages else []
             self._rewind = False
-            if records or self._failure is not None or self._lost:
+            if records or self._failure is not None or self._dead is not None or self._lost:
                 break
             left = end - time.monotonic()
             if left <= 0:
@@ -180,6 +182,7 @@ class ConfluentSource:
         if records:
             self._state.up()
             return records  # an error met on the way is raised by the next call: none of these is lost to it
+        self._check_open()
         self._raise_failure()
         self._raise_lost()
         if (refusal := self._state.refusal) is not None:
@@ -252,7 +255,10 @@ class ConfluentSource:
                 self._lost[key] = lost
             return
         failure = translate(error, f"Reading {where}")
-        if error.fatal() or isinstance(failure, ConfigurationError):
+        if is_fatal(error):
+            self._dead = failure
+            self._on_lost(self._consumer, [])
+        elif isinstance(failure, ConfigurationError):
             self._failure = self._failure or failure
         else:
             self._state.quiet.log(logging.WARNING, "%s [%s] %s", error.name(), where, error.str())
@@ -530,7 +536,7 @@ class ConfluentSource:
 
     def _raise_lost(self) -> None:
         for error in self._lost.values():
-            raise error
+            raise error.with_traceback(None)
 
     def _check_not_in_callback(self, name: str) -> None:
         if self._in_callback:
@@ -539,6 +545,8 @@ class ConfluentSource:
     def _check_open(self) -> None:
         if self._closed:
             raise TransportError(f"The source of group {self.group} is closed: make a new one")
+        if self._dead is not None:
+            raise self._dead.with_traceback(None)
 
     def _not_owned(self, positions: Sequence[Position], doing: str) -> GroupError:
         names = ", ".join(f"{p.topic}[{p.partition}]" for p in positions)

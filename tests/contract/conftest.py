@@ -69,8 +69,8 @@ class Broker:
     _delete_before: Callable[[Partition, int], object]
     #: Milliseconds since the epoch, by the clock that stamps the records.
     now_ms: Callable[[], int]
-    #: Writes what is there before a test looks.
-    _plain: Sink
+    #: A sink without transactions, which is not to be closed.
+    plain: Sink
     _opened: ExitStack = field(default_factory=ExitStack)
 
     def new_name(self, what: str) -> str:
@@ -122,8 +122,8 @@ class Broker:
         """Write records one after the other, without a transaction; they are there when this returns."""
         problems: list[object] = []
         for value in values:
-            self._plain.produce(OutRecord(topic, key, value, partition=partition), problems.append)
-        assert self._plain.flush(20) == 0
+            self.plain.produce(OutRecord(topic, key, value, partition=partition), problems.append)
+        assert self.plain.flush(20) == 0
         assert problems == [None] * len(values)
 
     def everything(self, topic: str) -> list[Record]:

@@ -39,7 +39,7 @@ def take(source, count, *, seconds=20) -> list[Record]:
     return found
 
 
-def nothing(source, *, seconds=0.5) -> None:
+def nothing(source, *, seconds=0.3) -> None:
     """Nothing comes for a while."""
     assert source.poll(seconds) == []
 
@@ -84,7 +84,7 @@ def test_records_of_a_partition_keep_their_order_and_get_rising_offsets(broker: 
 def test_headers_come_back_in_order_with_repeated_names_none_and_binary(broker: Broker):
     topic = broker.make_topic()
     headers = [("a", b"1"), ("b", None), ("a", b"\x00\xff"), ("c", b""), ("ü", b"u")]
-    sink = broker.sink()
+    sink = broker.plain
     sink.produce(OutRecord(topic, b"k", b"v", headers))
     sink.produce(OutRecord(topic, b"k", b"bare"))
     assert sink.flush(20) == 0
@@ -121,7 +121,7 @@ def test_a_record_has_the_time_it_was_written(broker: Broker):
 
 def test_a_delivery_callback_gets_none_and_only_from_poll_or_flush(broker: Broker):
     topic = broker.make_topic()
-    sink, told = broker.sink(), []
+    sink, told = broker.plain, []
     sink.produce(OutRecord(topic, b"k", b"1"), told.append)
     assert told == []
     assert eventually(lambda: sink.poll(0.05), 20) == 1
@@ -136,7 +136,7 @@ def test_a_delivery_callback_gets_none_and_only_from_poll_or_flush(broker: Broke
 
 def test_a_record_that_is_too_large_is_refused_with_size_and_limit(broker: Broker):
     topic = broker.make_topic()
-    sink, told = broker.sink(), []
+    sink, told = broker.plain, []
     with pytest.raises(MessageTooLargeError) as caught:
         sink.produce(OutRecord(topic, b"k", b"x" * 2_000_000), told.append)
     assert caught.value.extra["size"] >= 2_000_000
@@ -159,7 +159,7 @@ def test_what_was_dropped_or_delivered_leaves_nothing_open(broker: Broker):
 
 def test_a_record_for_a_topic_that_does_not_exist_fails_at_its_delivery(exact_broker: Broker):
     missing = exact_broker.new_name("missing")
-    sink, told = exact_broker.sink(), []
+    sink, told = exact_broker.plain, []
     sink.produce(OutRecord(missing, b"k", b"v"), told.append)
     assert sink.flush(20) == 0
     (error,) = told
@@ -171,7 +171,7 @@ def test_a_record_for_a_topic_that_does_not_exist_fails_at_its_delivery(exact_br
 def test_a_record_for_a_partition_that_does_not_exist_is_refused_or_fails_at_its_delivery(broker: Broker):
     topic = broker.make_topic()
     broker.send(topic, b"known")
-    sink, told = broker.sink(), []
+    sink, told = broker.plain, []
     try:
         sink.produce(OutRecord(topic, b"k", b"v", partition=7), told.append)
     except TransportError as error:
@@ -416,7 +416,7 @@ def test_seek_goes_back_and_forth_also_while_paused(broker: Broker):
     assert values(take(source, 3)) == [b"7", b"8", b"9"]
     source.pause([Partition(topic, 0)])
     source.seek(Position(topic, 0, 2))
-    nothing(source, seconds=0.3)
+    nothing(source)
     source.resume([Partition(topic, 0)])
     assert values(take(source, 8))[0] == b"2"
     source.seek(Position(topic, 0, 10))
@@ -692,7 +692,7 @@ def test_an_open_transaction_holds_back_later_records_of_its_partition_only(benc
     bench.broker.send(bench.output, b"behind", partition=0)
     bench.broker.send(bench.output, b"beside", partition=1)
     assert values(take(watching, 1)) == [b"beside"]
-    nothing(watching, seconds=0.3)
+    nothing(watching)
     assert watching.watermarks(Partition(bench.output, 0)) == (0, 0)
     bench.sink.commit()
     assert values(take(watching, 2)) == [b"in it", b"behind"]

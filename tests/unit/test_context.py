@@ -167,6 +167,7 @@ def test_threads_never_get_the_same_uuid():
     assert len(set(made)) == len(made) == 4000
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside threads, from 3.12 on
 def test_a_forked_child_draws_other_uuids_than_its_parent():
     random_uuid()  # some are drawn and not used
     reads, writes = os.pipe()

@@ -77,12 +77,15 @@ def test_coroutines_of_several_threads_run_side_by_side():
 
 
 def test_the_callers_context_holds_inside():
-    variable.set("mine")
-
     async def look():
         return variable.get()
 
-    assert run(look()) == "mine"
+    token = variable.set("mine")
+    try:
+        assert run(look()) == "mine"
+    finally:
+        variable.reset(token)
+    assert run(look()) == "outside"
 
 
 def test_executing_a_task_from_inside_an_async_one_is_refused_not_a_deadlock():
@@ -115,6 +118,7 @@ def test_an_async_run_is_a_run():
     assert (bad.execute().stderr, bad.status) == ("async no", "FAILED")
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork beside threads, from 3.12 on
 def test_a_forked_child_gets_a_loop_of_its_own():
     assert run(give(1)) == 1
     child = os.fork()
