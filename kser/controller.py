@@ -1,6 +1,7 @@
 """Controller: which class runs which message. Decodes, dispatches and executes; does no I/O."""
 
 import contextlib
+import json
 import logging
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ from kser.entry import Entrypoint, result_extra
 from kser.errors import EntrypointNotFoundError, Error, ValidationError
 from kser.masking import mask
 from kser.results import Result
-from kser.schemas import Message
+from kser.schemas import Message, parse
 
 __all__ = ["BaseController", "Controller"]
 
@@ -203,11 +204,18 @@ class Controller(BaseController):
 _SHOWN = 2048
 
 
-def _excerpt(raw: str | bytes | None) -> str:
+def _excerpt(raw: Any) -> str:
     """The beginning of what came, as text, with what looks secret masked when it can be read at all."""
     if raw is None:
         return "None"
-    text = raw if isinstance(raw, str) else bytes(raw).decode("utf-8", "backslashreplace")
-    with contextlib.suppress(ValueError):
-        text = orjson.dumps(mask(orjson.loads(text))).decode()
+    if not isinstance(raw, (str, bytes, bytearray, memoryview)):
+        text = results.shown(raw)
+    else:
+        text = raw if isinstance(raw, str) else bytes(raw).decode("utf-8", "backslashreplace")
+        with contextlib.suppress(ValidationError):
+            data = results.json_safe(mask(parse(text)))
+            try:
+                text = orjson.dumps(data).decode()
+            except TypeError:
+                text = json.dumps(data)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"

@@ -222,8 +222,10 @@ def function_task(function: Callable[..., Any]) -> type[Task]:
     else ``retval["value"]``. Parameters without a default are REQUIRED_FIELDS. ``async def`` works too. The function
     itself stays reachable as the class attribute ``function``.
 
-    Raises ConfigurationError when the function cannot be called by names.
+    Raises ConfigurationError when it is no function, or cannot be called by names.
     """
+    if isinstance(function, type) or not callable(function) or not hasattr(function, "__name__"):
+        raise ConfigurationError(f"{function!r} is no function: a class is subscribed with subscribe()")
     parameters = inspect.signature(function).parameters.values()
     if unnamed := [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]:
         raise ConfigurationError(

@@ -26,7 +26,7 @@ from kser.cli.demo_view import DemoView
 from kser.cli.dice import DiceLaunch, DiceRoll
 from kser.cli.load import find_class, load
 from kser.cli.main import cli
-from kser.errors import ConfigurationError, TransportError, ValidationError
+from kser.errors import TransportError, ValidationError
 from kser.events import Event, EventType, OperationView, events_topic
 from kser.producer import BaseProducer
 from kser.transport import OutRecord, TopicSpec
@@ -950,14 +950,6 @@ def test_the_table_of_the_demo_has_a_row_for_each_game_that_fits_the_screen(enco
     assert ("⚁ 2 worker-1" in text) == (encoding == "utf-8")
 
 
-def test_a_demo_whose_worker_does_not_start_fails_with_its_last_words(run, monkeypatch):
-    """The reason is the last line that the worker logged."""
-    monkeypatch.setattr(demo_module, "TOPIC", "bad topic")
-    result = run("demo", "--operations", "1")
-    assert result.exit_code != 0
-    assert "bad topic" in error_line(result)
-
-
 def test_the_demos_workers_do_not_see_the_users_settings(monkeypatch):
     monkeypatch.setenv("KSER_KAFKA_SECURITY_PROTOCOL", "SSL")
     monkeypatch.setenv("KSER_TOPICS", "mine")
@@ -971,10 +963,3 @@ def test_the_demos_workers_do_not_see_the_users_settings(monkeypatch):
     demo_module._start_worker("worker-1", "127.0.0.1:1", io.BytesIO())
     assert not [name for name in seen if name.startswith(("KSER_", "LOCK_"))]
     assert seen["PATH"] == os.environ["PATH"]
-
-
-def test_settings_that_cannot_be_read_raise_configuration_errors():
-    from kser.cli.connection import read_file
-
-    with pytest.raises(ConfigurationError, match="cannot be read"):
-        read_file(Path("nowhere.yml"))

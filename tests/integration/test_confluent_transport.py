@@ -1,0 +1,848 @@
+"""kser.confluent where brokers and members fail, and what only Kafka does. What all transports share: tests/contract."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import pytest
+from confluent_kafka import KafkaError, TopicPartition
+from confluent_kafka.admin import NewPartitions
+
+from kser.confluent.embedded import EmbeddedBroker
+from kser.confluent.transport import ConfluentTransport
+from kser.errors import (
+    ConfigurationError,
+    DeliveryError,
+    Error,
+    GroupError,
+    MessageTooLargeError,
+    OffsetLostError,
+    TransportError,
+)
+from kser.testing import eventually
+from kser.transport import OutRecord, Partition, Position, Record, Source, TopicSpec, Transport
+from tests.brokers import make_topic, unique
+from tests.processes import environment
+
+#: Ways in which a group may share its partitions out, with times as short as the test brokers allow.
+GROUPS = {
+    "cooperative": {"session.timeout.ms": 2000, "heartbeat.interval.ms": 300},
+    "eager": {"session.timeout.ms": 2000, "heartbeat.interval.ms": 300, "partition.assignment.strategy": "range"},
+    "kip848": {"group.protocol": "consumer"},
+}
+
+
+class Listener:
+    """Notes what it is told."""
+
+    def __init__(self, assigned: Callable[[Sequence[Partition]], object] = lambda _: None) -> None:
+        self.told: list[tuple[str, list[Partition]]] = []
+        self._assigned = assigned
+
+    def on_assign(self, partitions: Sequence[Partition]) -> None:
+        self.told.append(("assign", sorted(partitions)))
+        self._assigned(partitions)
+
+    def on_revoke(self, partitions: Sequence[Partition]) -> None:
+        self.told.append(("revoke", sorted(partitions)))
+
+    def on_lost(self, partitions: Sequence[Partition]) -> None:
+        self.told.append(("lost", sorted(partitions)))
+
+
+@pytest.fixture
+def opened() -> Iterator[ExitStack]:
+    """What is to be closed at the end of the test."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def broker() -> Iterator[EmbeddedBroker]:
+    """A broker of the test's own, to be broken."""
+    with EmbeddedBroker({"t": 1}) as one:
+        yield one
+
+
+def connect(server, **properties) -> ConfluentTransport:
+    return ConfluentTransport({"bootstrap.servers": server.bootstrap_servers, **properties})
+
+
+def joined(opened: ExitStack, transport: Transport, group: str, topic: str, listener: Listener | None = None) -> Source:
+    """A source that got partitions; no record was taken yet."""
+    source = transport.source(group)
+    opened.callback(source.close)
+    source.subscribe([topic], listener or Listener())
+    eventually(lambda: source.poll(0.05, 1) or source.assignment(), 30, "assigned")
+    return source
+
+
+def send(transport: Transport, topic: str, *values: bytes, partition: int = 0) -> None:
+    sink, problems = transport.sink(), []
+    for value in values:
+        sink.produce(OutRecord(topic, b"k", value, partition=partition), problems.append)
+    assert sink.flush(20) == 0
+    assert problems == [None] * len(values)
+    sink.close()
+
+
+def take(source, count: int, seconds: float = 20) -> list[bytes | None]:
+    """The values of the next ``count`` records, and no more come for a moment."""
+    found: list[Record] = []
+    eventually(lambda: found.extend(source.poll(0.05)) or len(found) >= count, seconds, f"{count} records")
+    assert len(found) == count
+    return [record.value for record in found]
+
+
+def everything(transport: Transport, *topics: str) -> list[bytes | None]:
+    reader = transport.reader(topics)
+    found: list[Record] = []
+    eventually(lambda: found.extend(reader.poll(0.05)) or reader.at_end(), 20, "read to the end")
+    reader.close()
+    return [record.value for record in found]
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# -- nobody there ------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_broker_a_sink_is_made_and_what_it_could_not_send_is_given_up_in_time(caplog):
+    """And three seconds of a dead broker are a few lines in the log."""
+    transport = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{unused_port()}"})
+    sink, told = transport.sink(), []
+    started = time.monotonic()
+    sink.produce(OutRecord("t", b"k", b"v"), told.append)
+    sink.produce(OutRecord("t", b"k", b"without callback"))
+    assert sink.flush(3) == 2
+    sink.drop_queued()
+    assert time.monotonic() - started < 5
+    (error,) = told
+    assert isinstance(error, DeliveryError)
+    assert error.retriable
+    assert sink.failed == 1
+    assert sink.flush(0) == 0
+    sink.close(1)
+    assert time.monotonic() - started < 6
+    assert 1 <= len([r for r in caplog.records if r.levelno >= logging.WARNING]) <= 4
+
+
+def test_without_a_broker_questions_end_in_time_and_name_the_address():
+    address = f"127.0.0.1:{unused_port()}"
+    transport = ConfluentTransport({"bootstrap.servers": address})
+    for ask in (transport.admin().cluster_id, lambda s: transport.admin().describe(["t"], s)):
+        started = time.monotonic()
+        with pytest.raises(TransportError, match=address) as caught:
+            ask(0.5)
+        assert caught.value.retriable
+        assert time.monotonic() - started < 2
+
+
+def test_without_a_broker_a_source_waits_and_leaves_in_time():
+    source = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{unused_port()}"}).source("g")
+    source.subscribe(["t"], Listener())
+    assert source.poll(0.5) == []
+    assert source.assignment() == []
+    assert not source.member().joined
+    started = time.monotonic()
+    source.close(2)
+    assert time.monotonic() - started < 3
+
+
+# -- a broker that goes and comes --------------------------------------------------------------------------------------
+
+
+def test_what_is_written_during_an_outage_arrives_once_after_it(broker: EmbeddedBroker, opened: ExitStack):
+    transport = connect(broker)
+    sink, told = transport.sink(), []
+    opened.callback(sink.close)
+    for n in range(10):
+        sink.produce(OutRecord("t", b"k", b"%d" % n), told.append)
+    assert sink.flush(20) == 0
+    broker.broker_down(1)
+    for n in range(10, 20):
+        sink.produce(OutRecord("t", b"k", b"%d" % n), told.append)
+    assert sink.flush(0.5) == 10
+    broker.broker_up(1)
+    assert sink.flush(20) == 0
+    assert told == [None] * 20
+    assert everything(transport, "t") == [b"%d" % n for n in range(20)]
+
+
+def test_a_commit_without_an_answer_ends_in_time_and_the_source_goes_on_afterwards(broker, opened: ExitStack):
+    """The client's own commit would wait for ever, and no signal would end it."""
+    transport = connect(broker)
+    source = joined(opened, transport, "g", "t")
+    broker.broker_down(1)
+    for _ in range(2):  # the second one waits for the first
+        started = time.monotonic()
+        with pytest.raises(TransportError) as caught:
+            source.commit([Position("t", 0, 1)], 0.5)
+        assert caught.value.retriable
+        assert time.monotonic() - started < 2
+    with pytest.raises(TransportError) as caught:
+        source.committed([Partition("t", 0)], 0.5)
+    assert caught.value.retriable
+    assert source.poll(0.2) == []
+    broker.broker_up(1)
+    send(transport, "t", b"0", b"1", b"2")
+
+    def committed() -> bool:
+        """The group may have put the member out meanwhile; it comes again."""
+        source.poll(0.05)
+        if not source.assignment():
+            return False
+        try:
+            source.commit([Position("t", 0, 2, "after")], 5)
+        except TransportError:
+            return False
+        return True
+
+    eventually(committed, 30, "committed again")
+    source.close()
+    assert take(joined(opened, transport, "g", "t"), 1) == [b"2"]
+
+
+def test_closing_during_an_outage_ends_in_time(broker: EmbeddedBroker, opened: ExitStack):
+    transport = connect(broker)
+    source, sink = joined(opened, transport, "g", "t"), transport.sink()
+    reader = transport.reader(["t"])
+    broker.broker_down(1)
+    sink.produce(OutRecord("t", b"k", b"v"))
+    with pytest.raises(TransportError):
+        source.commit([Position("t", 0, 1)], 0.2)
+    started = time.monotonic()
+    source.close(1)
+    sink.close(1)
+    reader.close()
+    assert time.monotonic() - started < 5
+
+
+def test_a_transaction_during_an_outage_ends_by_its_own_timeout_and_can_be_aborted(broker, opened: ExitStack):
+    sink = connect(broker, **{"transaction.timeout.ms": 1000}).sink(unique("tx"))
+    opened.callback(sink.close)
+    sink.begin()
+    broker.broker_down(1)
+    sink.produce(OutRecord("t", b"k", b"v"))
+    started = time.monotonic()
+    with pytest.raises(TransportError) as caught:
+        sink.commit()
+    assert time.monotonic() - started < 5
+    assert caught.value.extra["abort"]
+    assert "timed out" in caught.value.message
+    broker.broker_up(1)
+    sink.abort(20)
+    sink.begin()
+    sink.produce(OutRecord("t", b"k", b"v"))
+    sink.commit()
+
+
+@pytest.mark.parametrize("code", ["OUT_OF_ORDER_SEQUENCE_NUMBER", "INVALID_PRODUCER_EPOCH", "UNKNOWN_PRODUCER_ID"])
+def test_a_producer_that_lost_its_place_is_renewed_and_the_record_may_be_sent_again(broker, opened: ExitStack, code):
+    sink = connect(broker).sink()
+    opened.callback(sink.close)
+
+    def confirmed(value: bytes) -> Error | None:
+        told: list[Error | None] = []
+        sink.produce(OutRecord("t", b"k", value), told.append)
+        eventually(lambda: sink.poll(0.05) and told, 20, "told")
+        return told[0]
+
+    assert confirmed(b"0") is None
+    broker.fail_next("Produce", getattr(KafkaError, code))
+    problem = confirmed(b"1")
+    assert problem is None or (isinstance(problem, TransportError) and problem.retriable)
+    assert confirmed(b"2") is None
+
+
+# -- callbacks ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_on_delivery_raises_is_logged_and_an_interrupt_comes_out_of_flush(embedded, opened: ExitStack, caplog):
+    topic = make_topic(embedded)
+    sink, told = connect(embedded).sink(), []
+    opened.callback(sink.close)
+
+    def fail(_: Error | None) -> None:
+        raise ZeroDivisionError
+
+    def interrupt(_: Error | None) -> None:
+        raise KeyboardInterrupt
+
+    sink.produce(OutRecord(topic, b"k", b"1"), fail)
+    sink.produce(OutRecord(topic, b"k", b"2"), told.append)
+    assert sink.flush(20) == 0
+    assert told == [None]
+    assert "ZeroDivisionError" in caplog.text
+    sink.produce(OutRecord(topic, b"k", b"3"), interrupt)
+    sink.produce(OutRecord(topic, b"k", b"4"), told.append)
+    with pytest.raises(KeyboardInterrupt):
+        sink.flush(20)
+    assert sink.flush(20) == 0
+    assert told == [None] * 2
+
+
+def test_on_delivery_may_produce_and_a_full_buffer_there_is_an_error_that_passes(embedded, opened: ExitStack):
+    """Serving callbacks inside a callback would crash the client."""
+    topic = make_topic(embedded)
+    sink = connect(embedded, **{"queue.buffering.max.messages": 10}).sink()
+    opened.callback(sink.close)
+    seen: list[object] = []
+
+    def again(error: Error | None) -> None:
+        seen.append(error)
+        for _ in range(20):
+            try:
+                sink.produce(OutRecord(topic, b"k", b"again"))
+            except TransportError as exc:
+                seen.append(exc)
+                assert exc.retriable
+        sink.flush(5)
+        sink.poll(5)
+
+    sink.produce(OutRecord(topic, b"k", b"first"), again)
+    assert sink.flush(20) == 0
+    assert seen[0] is None
+    assert len(seen) > 1
+    for n in range(200):  # outside of callbacks produce() waits for room
+        sink.produce(OutRecord(topic, b"k", b"%d" % n))
+    assert sink.flush(20) == 0
+
+
+def test_what_a_listener_raises_comes_out_of_poll_and_its_partitions_give_nothing(embedded, opened: ExitStack):
+    topic = make_topic(embedded, 1)
+    transport = connect(embedded)
+    send(transport, topic, b"v")
+
+    def fail(_: Sequence[Partition]) -> None:
+        raise ZeroDivisionError("of the listener")
+
+    source = transport.source(unique("g"))
+    opened.callback(source.close)
+    source.subscribe([topic], Listener(fail))
+    with pytest.raises(ZeroDivisionError, match="of the listener"):
+        eventually(lambda: source.poll(0.1), 10)
+    assert source.poll(0.5) == []
+    assert source.assignment() == []
+
+
+def test_poll_and_close_inside_a_callback_are_refused(embedded, opened: ExitStack):
+    """They would crash the client."""
+    topic, problems = make_topic(embedded, 1), []
+
+    def misuse(_: Sequence[Partition]) -> None:
+        for call in (lambda: source.poll(0), source.close):
+            try:
+                call()
+            except TransportError as exc:
+                problems.append(exc.message)
+
+    source = connect(embedded).source(unique("g"))
+    opened.callback(source.close)
+    source.subscribe([topic], Listener(misuse))
+    eventually(lambda: source.poll(0.05) or source.assignment(), 10)
+    assert len(problems) == 2
+    assert all("inside a callback" in problem for problem in problems)
+
+
+class Meddling:
+    """A Consumer whose consume() does something more, after the messages were taken out of the client."""
+
+    def __init__(self, consumer) -> None:
+        self._consumer = consumer
+        self.meddle: Callable[[list], list] = lambda messages: messages
+
+    def __getattr__(self, name: str):
+        return getattr(self._consumer, name)
+
+    def consume(self, count: int, timeout: float):
+        return self.meddle(self._consumer.consume(count, timeout))
+
+
+@pytest.fixture
+def meddled(embedded, opened: ExitStack) -> tuple[Source, Meddling, list[bytes]]:
+    """A source whose Consumer can be meddled with, and 300 values that are there for it."""
+    topic = make_topic(embedded, 1)
+    transport = connect(embedded)
+    values = [b"%d" % n for n in range(300)]
+    send(transport, topic, *values)
+    source = transport.source(unique("g"))
+    opened.callback(source.close)
+    source._consumer = meddling = Meddling(source._consumer)
+    source.subscribe([topic], Listener())
+    return source, meddling, values
+
+
+def test_an_interrupt_inside_poll_loses_no_record(meddled):
+    source, meddling, values = meddled
+    countdown = [3]
+
+    def interrupt(messages: list) -> list:
+        countdown[0] -= 1
+        if countdown[0] == 0:
+            raise KeyboardInterrupt
+        return messages
+
+    meddling.meddle = interrupt
+    found: list[bytes | None] = []
+
+    def more() -> bool:
+        try:
+            found.extend(record.value for record in source.poll(0.1, 20))
+        except KeyboardInterrupt:
+            found.append(b"interrupted")
+        return len(found) > len(values)
+
+    eventually(more, 20)
+    assert found.count(b"interrupted") == 1
+    assert [value for value in found if value != b"interrupted"] == values
+
+
+def test_records_that_the_client_gives_twice_within_an_assignment_are_dropped_and_counted(meddled):
+    source, meddling, values = meddled
+    meddling.meddle = lambda messages: messages + messages[:2]
+    found: list[bytes | None] = []
+    eventually(lambda: found.extend(r.value for r in source.poll(0.1, 50)) or len(found) >= len(values), 20)
+    assert found == values
+    assert source.came_again > 0
+
+
+def test_a_batch_during_which_its_partition_came_anew_is_read_again(meddled):
+    """What is in it may be of the assignment before: to take it would skip what lies below."""
+    source, meddling, values = meddled
+    found: list[bytes | None] = []
+    eventually(lambda: found.extend(r.value for r in source.poll(0.1, 50)) or len(found) >= 100, 20)
+    (partition,) = source.assignment()
+    source.commit([Position(*partition, 30)])
+
+    def reassign(messages: list) -> list:
+        meddling.meddle = lambda messages: messages
+        again = [TopicPartition(*partition)]
+        source._on_revoke(meddling, again)
+        meddling.incremental_unassign(again)
+        source._on_assign(meddling, again)
+        return messages
+
+    meddling.meddle = reassign
+    del found[:]
+    eventually(lambda: found.extend(r.value for r in source.poll(0.1, 50)) or len(found) >= 270, 20)
+    assert found == values[30:]
+
+
+# -- groups ------------------------------------------------------------------------------------------------------------
+
+MEMBER = """
+import sys
+from kser.confluent.transport import ConfluentTransport
+from kser.transport import Position
+
+class Listener:
+    def on_assign(self, partitions): pass
+    def on_revoke(self, partitions): pass
+    def on_lost(self, partitions): pass
+
+server, topic, group, properties = sys.argv[1:]
+source = ConfluentTransport({"bootstrap.servers": server, **eval(properties)}).source(group)
+source.subscribe([topic], Listener())
+taken = 0
+while True:
+    taken += len(source.poll(0.1))
+    if taken >= 10:
+        source.commit([Position(topic, 0, 4, "of the dead")])
+        print("committed", flush=True)
+        taken = 0
+"""
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_what_a_killed_member_had_not_committed_is_given_to_the_next(apache, opened: ExitStack, kind: str):
+    transport = connect(apache, **GROUPS[kind])
+    topic, group = make_topic(apache, 1), unique("g")
+    send(transport, topic, *(b"%d" % n for n in range(10)))
+    child = subprocess.Popen(
+        [sys.executable, "-c", MEMBER, apache.bootstrap_servers, topic, group, repr(GROUPS[kind])],
+        stdout=subprocess.PIPE,
+        env=environment(),
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"committed\n"
+        os.kill(child.pid, signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    heir = transport.source(group)
+    opened.callback(heir.close)
+    heir.subscribe([topic], Listener())
+    assert take(heir, 6, seconds=40) == [b"%d" % n for n in range(4, 10)]
+    assert heir.committed([Partition(topic, 0)]) == [Position(topic, 0, 4, "of the dead")]
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_every_record_is_given_once_while_members_come_and_go(apache, opened: ExitStack, kind: str):
+    """Each commits what it has taken when a partition is revoked, as on_revoke promises it may; in closing, too."""
+    transport = connect(apache, **GROUPS[kind])
+    topic, group = make_topic(apache, 4), unique("g")
+    found: list[bytes | None] = []
+
+    class Committing(Listener):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reached: dict[Partition, int] = {}
+            self.source = transport.source(group)
+            opened.callback(self.source.close)
+            self.source.subscribe([topic], self)
+
+        def step(self) -> None:
+            for record in self.source.poll(0.02, 7):
+                self.reached[record.of] = record.offset + 1
+                found.append(record.value)
+
+        def on_revoke(self, partitions: Sequence[Partition]) -> None:
+            super().on_revoke(partitions)
+            gone = [p for p in partitions if p in self.reached]
+            self.source.commit([Position(*p, self.reached.pop(p)) for p in gone])
+
+    sent = 0
+
+    def send_more() -> None:
+        nonlocal sent
+        for partition in range(4):
+            send(transport, topic, *(b"%d" % n for n in range(sent, sent + 10)), partition=partition)
+            sent += 10
+
+    members = [Committing()]
+    send_more()
+    eventually(lambda: members[0].step() or found, 30)
+    for _ in range(2):
+        members.append(Committing())
+        send_more()
+        wanted = 4 // len(members)
+        eventually(
+            lambda wanted=wanted: (
+                [m.step() for m in members] and all(len(m.source.assignment()) >= wanted for m in members)
+            ),
+            30,
+            "shared out",
+        )
+    members.pop(0).source.close()
+    send_more()
+    eventually(lambda: [m.step() for m in members] and len(found) >= sent, 30, f"{sent} records")
+    assert sorted(found, key=lambda value: int(value or -1)) == [b"%d" % n for n in range(sent)]
+    assert "lost" not in [what for m in members for what, _ in m.told]
+
+
+def test_a_topic_that_comes_after_the_group_subscribed_is_read(apache, embedded, opened: ExitStack):
+    """On the embedded broker subscribing makes it: that would not be told of one made later."""
+    for server in (apache, embedded):
+        transport, topic = connect(server), unique("late")
+        source = transport.source(unique("g"))
+        opened.callback(source.close)
+        source.subscribe([topic], Listener())
+        assert source.poll(0.3) == []
+        if server is apache:
+            server.create_topic(topic, 1)
+        send(transport, topic, b"v")
+        assert take(source, 1) == [b"v"]
+
+
+def test_a_new_group_that_starts_at_the_end_misses_nothing_from_then_on(apache, opened: ExitStack):
+    """Not what comes while it is away before its first commit, and not what is in a partition that is added."""
+    transport = connect(apache, **{"auto.offset.reset": "latest", "topic.metadata.refresh.interval.ms": 500})
+    topic, group = make_topic(apache, 1), unique("g")
+    send(transport, topic, b"before")
+    source = joined(opened, transport, group, topic)
+    assert source.poll(0.3) == []
+    source.close()
+    send(transport, topic, b"while away")
+    source = joined(opened, transport, group, topic)
+    assert take(source, 1) == [b"while away"]
+    source.commit([Position(topic, 0, 2)])
+    for future in apache.admin.create_partitions([NewPartitions(topic, 2)]).values():
+        future.result(20)
+    other = connect(apache)
+    eventually(lambda: other.admin().describe([topic])[topic].partitions == 2, 20)
+    send(other, topic, b"in the new one", partition=1)
+    assert take(source, 1, seconds=30) == [b"in the new one"]
+
+
+def test_a_group_without_offsets_is_told_so_when_the_user_wants_no_start(apache, opened: ExitStack):
+    topic = make_topic(apache, 1)
+    source = connect(apache, **{"auto.offset.reset": "error"}).source(unique("g"))
+    opened.callback(source.close)
+    source.subscribe([topic], Listener())
+    with pytest.raises(OffsetLostError):
+        eventually(lambda: source.poll(0.1), 20)
+
+
+def test_a_static_member_that_was_replaced_is_told_so_and_has_lost_its_partitions(apache, opened: ExitStack):
+    transport = connect(apache, **GROUPS["cooperative"], **{"group.instance.id": "me"})
+    topic, group, told = make_topic(apache, 1), unique("g"), Listener()
+    old = joined(opened, transport, group, topic, told)
+    new = joined(opened, transport, group, topic)
+    for _ in range(2):
+        with pytest.raises(GroupError, match=r"group\.instance\.id"):
+            eventually(lambda: old.poll(0.05), 20)
+    assert told.told[-1] == ("lost", [Partition(topic, 0)])
+    assert old.assignment() == []
+    assert new.assignment() == [Partition(topic, 0)]
+
+
+def test_under_kip_848_a_static_member_waits_for_the_name_its_predecessor_still_holds(apache, opened: ExitStack):
+    transport = connect(apache, **GROUPS["kip848"], **{"group.instance.id": "me"})
+    topic, group = make_topic(apache, 1), unique("g")
+    old = joined(opened, transport, group, topic)
+    new = transport.source(group)
+    opened.callback(new.close)
+    new.subscribe([topic], Listener())
+    with pytest.raises(GroupError) as caught:
+        eventually(lambda: old.poll(0.01) or new.poll(0.05), 20)
+    assert caught.value.retriable
+    assert old.assignment() == [Partition(topic, 0)]
+
+
+def test_a_polling_source_starves_nobody(embedded, opened: ExitStack):
+    """confluent-kafka 2.16 lets other threads wait behind the one that polls a Consumer, so none of them touches it."""
+    topic = make_topic(embedded)
+    transport = connect(embedded)
+    source = joined(opened, transport, unique("g"), topic)
+    stop = threading.Event()
+
+    def others() -> None:
+        sink, told = transport.sink(), []
+        for n in range(2000):
+            sink.produce(OutRecord(topic, b"k", b"%d" % n), told.append)
+        assert sink.flush(20) == 0
+        transport.admin().describe([topic])
+        sink.close()
+        stop.set()
+
+    thread = threading.Thread(target=others, daemon=True)
+    started = time.monotonic()
+    thread.start()
+    taken = 0
+    while taken < 2000 and time.monotonic() - started < 20:
+        taken += len(source.poll(1))
+        source.commit([Position(topic, source.assignment()[0].partition, 0)], 5)
+    thread.join(20)
+    assert stop.is_set()
+    assert taken == 2000
+    assert time.monotonic() - started < 10
+
+
+# -- sending -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_topic_and_a_missing_partition_are_told_by_name_in_seconds(apache, opened: ExitStack):
+    sink, topic, missing = connect(apache).sink(), make_topic(apache, 1), unique("missing")
+    opened.callback(sink.close)
+    told: dict[str, Error | None] = {}
+    started = time.monotonic()
+    sink.produce(OutRecord(missing, b"k", b"v"), lambda error: told.update(topic=error))
+    sink.produce(OutRecord(topic, b"k", b"v", partition=7), lambda error: told.update(partition=error))
+    assert sink.flush(20) == 0
+    assert time.monotonic() - started < 10
+    for what, name in (("topic", missing), ("partition", topic)):
+        error = told[what]
+        assert isinstance(error, TransportError)
+        assert not error.retriable
+        assert name in error.message
+
+
+def test_a_transaction_with_a_record_that_cannot_be_delivered_says_which_and_can_be_aborted(apache, opened: ExitStack):
+    topic, missing = make_topic(apache, 1), unique("missing")
+    transport = connect(apache, **{"topic.metadata.propagation.max.ms": 1000})
+    sink = transport.sink(unique("tx"))
+    opened.callback(sink.close)
+    sink.begin()
+    sink.produce(OutRecord(topic, b"k", b"never"))
+    sink.produce(OutRecord(missing, b"k", b"never"))
+    with pytest.raises(TransportError) as caught:
+        sink.commit()
+    assert missing in caught.value.message
+    assert caught.value.extra["abort"]
+    assert not caught.value.retriable
+    sink.abort()
+    sink.begin()
+    sink.produce(OutRecord(topic, b"k", b"v"))
+    sink.commit()
+    assert everything(transport, topic) == [b"v"]
+
+
+def test_a_record_over_the_topics_own_limit_is_told_by_its_callback(apache, opened: ExitStack):
+    transport, topic, told = connect(apache), unique("small"), []
+    transport.admin().create([TopicSpec(name=topic, partitions=1, config={"max.message.bytes": "10000"})])
+    sink = transport.sink()
+    opened.callback(sink.close)
+    sink.produce(OutRecord(topic, b"k", os.urandom(20_000)), told.append)
+    sink.produce(OutRecord(topic, b"k", b"small"), told.append)
+    assert sink.flush(20) == 0
+    assert isinstance(told[0], MessageTooLargeError)
+    assert told[0].extra["size"] >= 20_000
+    assert told[1] is None
+
+
+def test_a_message_of_900_kib_with_headers_passes(apache, opened: ExitStack):
+    transport, topic = connect(apache), make_topic(apache, 1)
+    sink, told, value = transport.sink(), [], os.urandom(900 * 1024)
+    opened.callback(sink.close)
+    sink.produce(OutRecord(topic, b"k" * 100, value, [("trace", os.urandom(8000))]), told.append)
+    assert sink.flush(20) == 0
+    assert told == [None]
+    assert everything(transport, topic) == [value]
+
+
+# -- readers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_takes_up_partitions_that_are_added(apache, opened: ExitStack):
+    transport, topic = connect(apache), make_topic(apache, 1)
+    send(transport, topic, b"0")
+    reader = transport.reader([topic])
+    opened.callback(reader.close)
+    assert take(reader, 1) == [b"0"]
+    for future in apache.admin.create_partitions([NewPartitions(topic, 2)]).values():
+        future.result(20)
+    eventually(lambda: transport.admin().describe([topic])[topic].partitions == 2, 20)
+    send(transport, topic, b"1", partition=1)
+    assert take(reader, 1, seconds=30) == [b"1"]
+
+
+def test_a_reader_reads_a_topic_that_was_deleted_and_made_again_from_its_start(apache, opened: ExitStack):
+    transport, topic = connect(apache, **{"topic.metadata.refresh.interval.ms": 500}), make_topic(apache, 1)
+    send(transport, topic, b"old 0", b"old 1")
+    reader = transport.reader([topic])
+    opened.callback(reader.close)
+    assert take(reader, 2) == [b"old 0", b"old 1"]
+    for future in apache.admin.delete_topics([topic]).values():
+        future.result(20)
+    eventually(lambda: reader.poll(0.05) or not transport.admin().describe([topic]), 20, "gone")
+    eventually(lambda: reader.poll(0.1) or not reader._next, 20, "noticed")
+    apache.create_topic(topic, 1)
+    send(connect(apache), topic, b"new 0", b"new 1")
+    assert take(reader, 2, seconds=30) == [b"new 0", b"new 1"]
+
+
+def test_a_reader_is_at_its_end_where_the_last_offsets_are_markers_and_aborted_records(apache, opened: ExitStack):
+    transport, topic = connect(apache), make_topic(apache, 1)
+    send(transport, topic, b"kept")
+    sink = transport.sink(unique("tx"))
+    opened.callback(sink.close)
+    for _ in range(2):
+        sink.begin()
+        for _ in range(5):
+            sink.produce(OutRecord(topic, b"k", b"aborted", partition=0))
+        assert sink.flush(20) == 0
+        sink.abort()
+    assert everything(transport, topic) == [b"kept"]
+
+
+# -- a cluster that loses a broker -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_lost_or_doubled_when_a_broker_is_killed_under_load(apache3, opened: ExitStack):
+    transport = connect(apache3, **GROUPS["cooperative"])
+    topic, group, count = unique("load"), unique("g"), 3000
+    transport.admin().create([TopicSpec(name=topic, partitions=6, replication=3, config={"min.insync.replicas": "2"})])
+    source, sink = joined(opened, transport, group, topic), transport.sink()
+    opened.callback(sink.close)
+    told: list[Error | None] = []
+    found: list[bytes | None] = []
+    for n in range(count):
+        sink.produce(OutRecord(topic, b"%d" % n, b"%d" % n), told.append)
+        if n == count // 3:
+            apache3.kill(2)
+        if n % 20 == 0:
+            sink.poll(0.01)
+            found += [record.value for record in source.poll(0)]
+    assert eventually(lambda: sink.flush(0.2) == 0 or found.extend(r.value for r in source.poll(0)), 60) is not None
+    assert told == [None] * count
+
+    def all_found() -> bool:
+        found.extend(record.value for record in source.poll(0.05))
+        return len(set(found)) == count
+
+    eventually(all_found, 60, "all of them")
+    assert sorted(everything(transport, topic), key=lambda v: int(v or -1)) == [b"%d" % n for n in range(count)]
+
+
+def test_transactions_go_on_when_a_broker_is_killed(apache3, opened: ExitStack):
+    """Each is committed, or known not to be, and is then made again."""
+    transport = connect(apache3)
+    topic, name = unique("load"), unique("tx")
+    transport.admin().create([TopicSpec(name=topic, partitions=3, replication=3, config={"min.insync.replicas": "2"})])
+    sink = transport.sink(name)
+    opened.callback(lambda: sink.close(5))
+    n = 0
+
+    def transaction() -> bool:
+        """True when it is certain that it was committed. One that may have been is looked for."""
+        nonlocal sink
+        value = b"%d" % n
+        try:
+            sink.begin()
+            sink.produce(OutRecord(topic, value, value))
+            for _ in range(10):
+                try:
+                    sink.commit()
+                    return True
+                except TransportError as exc:
+                    if not exc.retriable:
+                        raise
+            raise AssertionError("commit() was retriable ten times")
+        except TransportError as exc:
+            if exc.extra.get("abort") and not exc.extra.get("fatal"):
+                sink.abort()
+                return False
+            sink.close(1)
+            sink = transport.sink(name)
+            eventually(begin, 60, "a new sink that can begin")  # ends what the old one left, one way or the other
+            sink.abort()
+            return value in everything(transport, topic)
+
+    def begin() -> bool:
+        try:
+            sink.begin()
+        except TransportError as exc:
+            if not exc.retriable:
+                raise
+            return False
+        return True
+
+    while n < 150:
+        if n == 50:
+            apache3.kill(3)
+        n += transaction()
+    assert sorted(everything(transport, topic), key=lambda v: int(v or -1)) == [b"%d" % m for m in range(150)]
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_librdkafka_refuses_is_refused_before_anything_is_connected():
+    with pytest.raises(ConfigurationError, match=r"did you mean bootstrap\.servers"):
+        ConfluentTransport({"bootstrap.server": "127.0.0.1:9092"})
+
+
+def test_workers_on_the_embedded_broker_use_its_quick_group_protocol(embedded, opened: ExitStack):
+    topic, group = make_topic(embedded, 2), unique("g")
+    transport = connect(embedded, **GROUPS["cooperative"])
+    one = joined(opened, transport, group, topic)
+    two = transport.source(group)
+    opened.callback(two.close)
+    started = time.monotonic()
+    two.subscribe([topic], Listener())
+    eventually(lambda: one.poll(0.02) or two.poll(0.02) or len(two.assignment()) == 1, 20)
+    assert time.monotonic() - started < 3  # a classic group takes 5 s there
