@@ -5,6 +5,7 @@ groups and transactional ids of its own. A test that breaks a broker on purpose 
 ``apache3``, whose dead nodes are started again after each test.
 """
 
+import logging
 import os
 from collections.abc import Callable, Generator, Iterator
 
@@ -19,7 +20,7 @@ from tests.needs import APACHE_KAFKA, need, summary
 MARKERS = {"apache": "apache", "apache3": "apache", "embedded": "embedded"}
 #: What the settings of a developer's shell would change in the code under test.
 OLD_VARIABLES = ("LOCK_PATH", "LOCK_FILE", "RUNNING_FILE", "TERMINATE_FILE")
-KEPT_VARIABLES = ("KSER_REQUIRE_", "KSER_KAFKA_CACHE")
+KEPT_VARIABLES = ("KSER_REQUIRE_", "KSER_TEST_KAFKA_CACHE")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,6 +69,20 @@ def clean_environment() -> Iterator[None]:
         del os.environ[name]
     yield
     os.environ.update(removed)
+
+
+@pytest.fixture(autouse=True)
+def clean_logging() -> Iterator[None]:
+    """What a command did to the loggers of this process is undone: the next test may look at its log lines."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in [h for h in root.handlers if h not in handlers]:
+        root.removeHandler(handler)
+    for name in list(root.manager.loggerDict):
+        if name == "kser" or name.startswith("kser."):
+            logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

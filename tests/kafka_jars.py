@@ -34,8 +34,8 @@ class KafkaUnavailableError(Exception):
 
 
 def folder() -> Path:
-    """Where the jars are, or will be: in $KSER_KAFKA_CACHE, else in ~/.cache/kser."""
-    base = os.environ.get("KSER_KAFKA_CACHE")
+    """Where the jars are, or will be: in $KSER_TEST_KAFKA_CACHE, else in ~/.cache/kser."""
+    base = os.environ.get("KSER_TEST_KAFKA_CACHE")
     return (Path(base) if base else Path.home() / ".cache" / "kser").absolute() / f"kafka-{KAFKA_VERSION}"
 
 

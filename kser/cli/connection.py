@@ -106,9 +106,9 @@ class Connection:
         """The consumer group: the option, else ``group.id``, else "kser"."""
         return given or str(self.kafka.get("group.id") or DEFAULT_GROUP)
 
-    def topics(self, given: Sequence[str] | None) -> list[str]:
+    def topics(self, given: Sequence[tuple[str, int | None]] | None) -> list[str]:
         """Names of topics: the option, else those of the file. Raises ConfigurationError when there are none."""
-        names = list(given or [name for name, _ in self._topics_of_file()])
+        names = [name for name, _ in self.topics_with_partitions(given)]
         if not names:
             raise ConfigurationError(
                 "No topics are named: add --topics a,b, set KSER_TOPICS, or list them under `topics:` in --config-file"
@@ -156,7 +156,12 @@ class Connection:
 
 
 def parse_topic(text: str) -> tuple[str, int | None]:
-    """``name:partitions`` or ``name`` as (name, partitions or None). Raises ValueError, with what to write."""
+    """``name:partitions`` or ``name`` as (name, partitions or None). Raises ValueError, with what to write.
+
+    A name that begins with ``^`` is a pattern, for workers, and may have colons of its own.
+    """
+    if text.strip().startswith("^"):
+        return text.strip(), None
     name, colon, number = text.strip().partition(":")
     if not colon and name:
         return name, None

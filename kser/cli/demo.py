@@ -43,6 +43,8 @@ PLEASANT_S = 20.0
 #: What a worker may take to end when it is asked to.
 _STOP_S = 8.0
 _ROLL_S = 0.25
+#: As much of the workers' log is looked at when one of them has ended.
+_LOG_BYTES = 64 * 1024
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -196,10 +198,15 @@ class _Crew:
         """Raise CommandFailed when a worker has ended."""
         for name, process in zip(self.names, self._processes, strict=True):
             if process.poll() is not None:
-                self._logs.seek(0)
-                lines = self._logs.read().decode(errors="replace").strip().splitlines()
-                said = f": {lines[-1]}" if lines else ""
-                raise CommandFailed(f"{name} has ended with exit code {process.returncode}{said}")
+                raise CommandFailed(f"{name} has ended with exit code {process.returncode}{self._last_words()}")
+
+    def _last_words(self) -> str:
+        # Not by read(): the workers write through the same open file, whose position a seek() would move.
+        file = self._logs.fileno()
+        written = os.pread(file, _LOG_BYTES, max(os.fstat(file).st_size - _LOG_BYTES, 0))
+        lines = written.decode(errors="replace").strip().splitlines()
+        errors = [line for line in lines if line.startswith("kser: error: ")] or lines
+        return f": {errors[-1].removeprefix('kser: error: ')}" if errors else ""
 
     def _end(self) -> None:
         for process in self._processes:

@@ -86,10 +86,8 @@ class DemoView:
 
     def title(self, bootstrap_servers: str) -> str:
         """What is going to happen."""
-        return (
-            f"{self.operations} games of {ROLLS} dice, {len(self.workers)} workers, a Kafka broker in memory on "
-            f"{bootstrap_servers}"
-        )
+        games = f"{self.operations} game{'s' if self.operations > 1 else ''}"
+        return f"{games} of {ROLLS} dice, {len(self.workers)} workers, a Kafka broker in memory on {bootstrap_servers}"
 
     def shares(self) -> Counter[str]:
         """How many rolls each worker made."""

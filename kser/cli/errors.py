@@ -1,7 +1,7 @@
 """What the user did wrong, what failed, and how either is told: one line on stderr and an exit code."""
 
 import os
-import sys
+import sysconfig
 import threading
 import traceback
 from pathlib import Path
@@ -31,6 +31,11 @@ def debugging() -> bool:
     return os.environ.get("KSER_DEBUG", "").lower() not in ("", "0", "false", "no")
 
 
+#: Where code that is not the user's lies: kser, the standard library, what was installed.
+_FOREIGN = (
+    Path(__file__).resolve().parent.parent,
+    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+)
 _interrupted = threading.Event()
 
 
@@ -84,8 +89,7 @@ def _is_users(filename: str) -> bool:
     if filename.startswith("<"):
         return False
     path = Path(filename).resolve()
-    foreign = (Path(__file__).resolve().parent.parent, Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve())
-    return not any(path.is_relative_to(folder) for folder in foreign)
+    return not any(path.is_relative_to(folder) for folder in _FOREIGN)
 
 
 def _short(filename: str) -> str:

@@ -84,7 +84,7 @@ def launch(
     if (default := connection.topic(topic)) is not None:
         loaded.configure(topic=default)
     made = _build(find_class(loaded, operation), params, key)
-    target = _target(made, loaded)
+    target = _target(made, loaded, topic)
     deadline = Deadline(timeout)
     if not follow:
         tell_sent(made.uuid, made.path, target, _send(made, loaded, connection, target, deadline), output)
@@ -125,8 +125,10 @@ def _build(cls: type[Entrypoint], params: dict[str, Any], key: str | None) -> En
     return made
 
 
-def _target(made: Entrypoint, registry: OperationRegistry) -> str:
-    """Where the first message goes."""
+def _target(made: Entrypoint, registry: OperationRegistry, given: str | None) -> str:
+    """Where the first message goes. A class that names its own topic keeps it, but for a lone task sent elsewhere."""
+    if given and not isinstance(made, Operation):
+        return given
     first = made.tasks[0] if isinstance(made, Operation) else made
     topic = first.home_topic() if isinstance(first, Task) else registry.topic
     if topic is None:

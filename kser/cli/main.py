@@ -99,6 +99,7 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
     """Kafka message-driven operations: run workers, launch operations, see them advance.
 
     Every option can be set by the variable that --help shows. Exit codes: 0 done, 1 failed, 2 misused.
+    KSER_DEBUG=1 shows tracebacks.
     """
     need_command(ctx)
 

@@ -17,7 +17,6 @@ from kser.cli.errors import MISUSE
 __all__ = [
     "EPILOG",
     "JsonObject",
-    "Names",
     "TopicWithPartitions",
     "example",
     "format_option",
@@ -63,19 +62,6 @@ def need_command(ctx: click.Context) -> None:
 # -- kinds of values -------------------------------------------------------------------------------------------------
 
 
-class Names(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
-    """``a,b,c`` -> ["a", "b", "c"]."""
-
-    name = "a,b"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[str]:
-        """The names in ``value``."""
-        if isinstance(value, list):
-            return value
-        names = [name.strip() for name in value.split(",") if name.strip()]
-        return names or self.fail(f"{value!r} has no name in it: write a,b", param, ctx)
-
-
 class TopicWithPartitions(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
     """``a:6`` -> ("a", 6); ``a`` -> ("a", None). With ``many``, a list of these from ``a:6,b``."""
 
@@ -90,7 +76,9 @@ class TopicWithPartitions(click.ParamType):  # type: ignore[type-arg]  # not gen
         try:
             if not self.many:
                 return parse_topic(value)
-            return [parse_topic(part) for part in Names().convert(value, param, ctx)]
+            return [parse_topic(part) for part in value.split(",") if part.strip()] or self.fail(
+                f"{value!r} has no name in it: write a,b", param, ctx
+            )
         except ValueError as exc:
             self.fail(str(exc), param, ctx)
 

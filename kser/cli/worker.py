@@ -10,7 +10,7 @@ from kser.cli.connection import Connection
 from kser.cli.errors import CommandFailed
 from kser.cli.load import load
 from kser.cli.options import (
-    Names,
+    TopicWithPartitions,
     example,
     group_option,
     kafka_options,
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
     ),
 )
 @registry_argument
-@option("--topics", type=Names(), metavar="A,B", help="Topics to take messages from.")
+@option("--topics", type=TopicWithPartitions(many=True), metavar="A,B", help="Topics to take messages from.")
 @group_option
 @option("--name", metavar="TEXT", help="Name of this worker in events and logs.  [default: host-pid]")
 @option(
@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 @log_level_option("info")
 def worker(
     registry: str,
-    topics: list[str] | None,
+    topics: list[tuple[str, int | None]] | None,
     group: str | None,
     name: str | None,
     drain: float,

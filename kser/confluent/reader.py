@@ -61,6 +61,8 @@ class ConfluentReader:
         self._next: dict[tuple[str, int], int] = {}
         #: What at_end() still waits for: partitions, and the end each had when this was made.
         self._ends: dict[tuple[str, int], int] = {}
+        #: Topics that were not there at the last look: a broker may not know one for a moment.
+        self._doubted: set[str] = set()
         self._look_again_at = 0.0
         try:
             self._open(start)
@@ -119,8 +121,9 @@ class ConfluentReader:
         self._look_again_at = time.monotonic() + self._pause_s()
 
     def _look(self, timeout_s: float) -> None:
-        """Take up what has come since: topics that did not exist, partitions that were added."""
+        """Take up what has come since: topics that did not exist, partitions that were added; leave what went."""
         end = time.monotonic() + timeout_s
+        gone: list[str] = []
         new: dict[tuple[str, int], int] = {}
         for topic, known in self._topics.items():
             try:
@@ -131,11 +134,19 @@ class ConfluentReader:
             if count > known:
                 new |= dict.fromkeys(((topic, number) for number in range(known, count)), OFFSET_BEGINNING)
                 self._topics[topic] = count
+            if count or not known:
+                self._doubted.discard(topic)
+            elif topic in self._doubted:
+                gone.append(topic)
+            else:
+                self._doubted.add(topic)
+        for topic in gone:
+            self._forget(topic)
         self._add(new)
         self._look_again_at = time.monotonic() + self._pause_s()
 
     def _pause_s(self) -> float:
-        return _GROWN_EVERY_S if all(self._topics.values()) else _MISSING_EVERY_S
+        return _GROWN_EVERY_S if all(self._topics.values()) and not self._doubted else _MISSING_EVERY_S
 
     def _add(self, starts: Mapping[tuple[str, int], int]) -> None:
         if starts:
@@ -171,22 +182,15 @@ class ConfluentReader:
             # this tells that they were passed.
             self._reached(key, max(offset, self._next.get(key, offset)))
         elif code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC):
-            self._check_gone(key[0])
+            self._look_again_at = min(self._look_again_at, time.monotonic() + _MISSING_EVERY_S)
         else:
             failure: Error = translate(error, f"Reading {key[0]}[{key[1]}]" if key[0] else "Reading")
             if is_fatal(error) or isinstance(failure, ConfigurationError):
                 raise failure
             self._state.quiet.log(logging.WARNING, "%s [%s] %s", error.name(), "reader", failure.message)
 
-    def _check_gone(self, topic: str) -> None:
-        """Brokers may not know a topic for a moment; one that was deleted and comes again is read from its start."""
-        try:
-            if not self._admin.partitions_of(topic, _LOOK_S):
-                self._forget(topic)
-        except TransportError as exc:
-            self._state.quiet.log(logging.INFO, "%s [%s] %s", "LOOK", "reader", exc.message)
-
     def _forget(self, topic: str) -> None:
+        """A topic was deleted: should it come again, it is another one and read from its start."""
         gone = [key for key in self._next if key[0] == topic]
         if gone:
             with kafka_errors(f"Leaving topic {topic}"):
@@ -194,9 +198,8 @@ class ConfluentReader:
         for key in gone:
             del self._next[key]
             self._ends.pop(key, None)
-        if topic in self._topics:
-            self._topics[topic] = 0
-            self._look_again_at = min(self._look_again_at, time.monotonic() + _MISSING_EVERY_S)
+        self._topics[topic] = 0
+        self._doubted.discard(topic)
 
     def _watermarks(self, topic: str, partition: int, timeout_s: float) -> tuple[int, int]:
         doing = f"Looking for the end of {topic}[{partition}]"

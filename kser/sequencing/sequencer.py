@@ -200,6 +200,8 @@ class Sequencer:
         note = f"hooks not run: {frame.entrypoint} {why} on the worker that saw the end"
         if not results.is_success(result):
             result = name_failed_task(result, task, frame.uuid)
+        elif operation.broken is not None:
+            result = operation.broken  # as for a hook that raises: what could not be ended is no success
         self._operation_over(itinerary.leave(), operation, result, topic, out, note)
 
     def _ask_next(
@@ -266,7 +268,9 @@ class Sequencer:
             # In a message that came through Kafka there may be anything, and constructors are user code.
             uuid, name = (str(data.get(key, "")) if isinstance(data, Mapping) else "" for key in ("uuid", "entrypoint"))
             logger.exception("Task %s[%s] cannot be made from its entry", name, uuid)
-            return _stand_in(uuid, name, f"cannot be made ({results.from_exception(exc, uuid).stderr})")
+            task = _stand_in(uuid, name, "cannot be made")
+            task.broken = results.from_exception(exc, uuid)
+            return task
 
     def _end(self, operation: Operation, task: Task, result: Result) -> Result:
         """End ``operation`` with what its last ``task`` gave; the Result to carry on. Raises nothing."""
@@ -315,9 +319,10 @@ class Sequencer:
         """
         frame = itinerary.innermost
         last = {k: v for k, v in task.to_entry(frame.topic).items() if k != "tasks"}
-        ended = itinerary._replace(end=End(last, _status(result)))
+        # Key and children are those of the task that ended: the end is a message of its operation.
+        ended = itinerary._replace(end=End(last, _status(result)), key=None, children=None)
         metadata = {**frame.metadata, METADATA_KEY: ended.dump()}
-        key = itinerary.key_of() or frame.uuid
+        key = ended.key_of() or frame.uuid
         assert frame.topic is not None
         # Its params are in its frame: once is enough. The end must be told, if need be with the reason why the Result
         # cannot be.

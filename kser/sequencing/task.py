@@ -199,6 +199,8 @@ class UnregisteredTask(Task):
     entrypoint: str = ""
     #: Why its class is not there, to go on after its name.
     why: str = "is not registered"
+    #: What was raised when it was made from its class, if that is why.
+    broken: Result | None = None
     children: list[dict[str, Any]] | None = None
 
     @property

@@ -342,7 +342,10 @@ class _Loop:
         try:
             self.source.commit(positions)
         except GroupError as exc:
+            # Nothing may have been stored; a rebalance is about to say whose the partitions are.
             logger.info("Not committed, the partition is not ours any more: %s", exc.message)
+            self.commit_due = time.monotonic() + _BACKOFF_S
+            return
         except TransportError as exc:
             logger.warning("Not committed, will be tried again: %s", exc.message)
             self.commit_due = time.monotonic() + _BACKOFF_S

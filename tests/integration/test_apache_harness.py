@@ -344,7 +344,7 @@ touch "$out/kafka_2.13-{version}.jar"
 @pytest.fixture
 def tools(monkeypatch, tmp_path) -> Callable[..., Path]:
     """Makes the java and mvn that are found; gives the folder with them, the cache and the note of mvn's runs."""
-    monkeypatch.setenv("KSER_KAFKA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KSER_TEST_KAFKA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("JAVA_HOME", raising=False)
 
     def make(java: str | None = "17.0.1", mvn: str | None = MAVEN) -> Path:

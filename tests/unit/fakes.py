@@ -11,7 +11,7 @@ from kser import Controller, Message, Result
 from kser.errors import Error
 from kser.events import Event, EventType
 from kser.producer import BaseProducer
-from kser.sequencing.itinerary import Itinerary, message_key
+from kser.sequencing.itinerary import Itinerary, key_bytes, message_key
 from kser.sequencing.sequencer import MAX_MESSAGE_BYTES
 from kser.transport import DeliveryCallback, OutRecord, Record
 from kser.worker.runner import Outcome, Runner
@@ -123,10 +123,11 @@ class Group:
         self.messages: list[Record] = []
         #: Every event, in the order it was told.
         self.events: list[Event] = []
-        self.outcomes: list[Outcome] = []
+        #: What each message became, in the order they were run.
+        self.kinds: list[str] = []
 
     def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
-        self.put(OutRecord(topic, (key or message_key(kmsg)).encode(), kmsg.to_bytes()))
+        self.put(OutRecord(topic, key_bytes(key or message_key(kmsg)), kmsg.to_bytes()))
         return Result(uuid=kmsg.uuid, stdout="sent")
 
     def put(self, out: OutRecord) -> None:
@@ -141,7 +142,7 @@ class Group:
         """Run the oldest message there is."""
         taken = self.queue.popleft()
         outcome = self.runners[taken.topic].run(taken)
-        self.outcomes.append(outcome)
+        self.kinds.append(outcome.kind)
         for out in outcome.records:
             self.put(out)
         return outcome
@@ -149,10 +150,10 @@ class Group:
     def run(self, at_most: int = 50_000) -> "Group":
         """Run until there is nothing more to do."""
         for _ in range(at_most):
-            if not self.queue:
-                return self
-            self.run_one()
-        raise AssertionError(f"not at its end after {at_most} messages")
+            if self.queue:
+                self.run_one()
+        assert not self.queue, f"not at its end after {at_most} messages"
+        return self
 
     def of(self, *types: str) -> list[Event]:
         """The events of these types."""

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -389,7 +390,7 @@ def test_a_configuration_file_that_cannot_be_is_told_with_its_name(run, text, sa
 def test_a_topic_with_partitions_is_read_and_a_pattern_is_left_alone():
     assert parse_topic("orders:6") == ("orders", 6)
     assert parse_topic(" orders ") == ("orders", None)
-    assert parse_topic("^orders.*") == ("^orders.*", None)
+    assert parse_topic("^orders.(?:a|b)") == ("^orders.(?:a|b)", None)
 
 
 def test_the_format_of_kser_itself_counts_for_its_commands_unless_they_have_their_own(run, app):
@@ -660,6 +661,11 @@ def test_launch_of_a_task_sends_it_to_its_own_topic(run, app, broker):
     assert [r.key for r in broker.records("mails")] == [b"c7"]
 
 
+def test_launch_of_a_task_sends_it_elsewhere_when_told_so(run, app, broker):
+    assert run("launch", app(), "Mail", "--topic", "shop", *SERVERS).exit_code == 0
+    assert (len(broker.records("shop")), len(broker.records("mails"))) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
@@ -803,7 +809,7 @@ def test_launch_watch_does_not_mistake_another_operation_for_its_own(run, app, b
 def test_worker_runs_what_comes_until_sigterm_and_ends_with_0(run, app, broker):
     path = app()
     assert run("launch", path, "Mail", "--params", '{"last": true}', *SERVERS).exit_code == 0
-    result = run("worker", f"{path}:registry", "--topics", "mails", "--group", "g1", "--name", "w7", *SERVERS)
+    result = run("worker", f"{path}:registry", "--topics", "mails:1", "--group", "g1", "--name", "w7", *SERVERS)
     assert result.exit_code == 0, result.stderr
     assert re.search(
         r" INFO     Worker\.Starting\.\.\. w7, group g1, topics mails, brokers 127\.0\.0\.1:1$", result.stderr, re.M
@@ -817,6 +823,17 @@ def test_worker_stops_with_its_stdin_when_asked_to(run, app):
     result = run("worker", app(), "--topics", "mails", "--stop-with-stdin", *SERVERS, input="")
     assert result.exit_code == 0
     assert "Standard input has ended" in result.stderr
+
+
+def test_worker_that_is_asked_to_stop_while_it_starts_ends_with_0(run, app, broker):
+    class Asking(MemoryTransport):
+        def admin(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return super().admin()
+
+    result = run("worker", app(), "--topics", "shop", *SERVERS, obj=Drivers(lambda config: Asking()))
+    assert result.exit_code == 0, result.output
+    assert "Worker.Stopped: nothing came" in result.stderr
 
 
 def test_worker_takes_group_and_topics_from_the_file(run, app):

@@ -172,6 +172,43 @@ def test_a_partition_goes_to_the_next_only_after_on_revoke_returned(transport):
     assert a.assignment() + b.assignment() == [P0, P1]
 
 
+def test_what_a_closed_member_had_is_free_at_once(transport, clock):
+    a, b = joined(transport), joined(transport)
+    a.close()
+    b.poll(0)
+    assert b.assignment() == [P0, P1]
+    assert clock.monotonic() == 0
+
+
+def test_a_new_owner_gets_nothing_until_the_transaction_that_may_move_its_start_has_ended(transport):
+    send(transport, b"0", b"1", b"2")
+    send(transport, b"other", partition=1)
+    a, sink = joined(transport), transport.sink("tx")
+    sink.begin()
+    sink.send_offsets([Position("t", 0, 2)], a.member())
+    a.close()
+    b = joined(transport)  # its first poll gave what is not waited for
+    assert b.committed([P1])[0].offset == -1
+    assert b.assignment() == [P0, P1]
+    assert b.poll(1) == []
+    sink.commit()
+    assert values(b.poll(0)) == [b"2"]
+
+
+def test_who_is_no_member_cannot_even_commit_nothing(transport, clock):
+    outsider, member = transport.source("g"), joined(transport)
+    stale = member.member()
+    sink = transport.sink("tx")
+    sink.begin()
+    for _ in range(2):  # before it subscribed, and before it polled
+        with pytest.raises(GroupError, match="before it was joined"):
+            sink.send_offsets([], outsider.member())
+        outsider.subscribe(["t"], Listener())
+    clock.advance(6)
+    with pytest.raises(GroupError, match="was put out"):
+        sink.send_offsets([], stale)
+
+
 # -- time --------------------------------------------------------------------------------------------------------------
 
 

@@ -75,7 +75,7 @@ def test_tests_that_use_a_broker_can_be_chosen_by_marker(run):
 
 def test_no_setting_of_the_shell_reaches_a_test(run):
     settings = {"KSER_BOOTSTRAP_SERVERS": "x", "LOCK_PATH": "x", "LOCK_FILE": "x", "RUNNING_FILE": "x"}
-    kept = {"KSER_REQUIRE_KCAT": "0", "KSER_KAFKA_CACHE": "/nowhere", "OTHER": "x"}
+    kept = {"KSER_REQUIRE_KCAT": "0", "KSER_TEST_KAFKA_CACHE": "/nowhere", "OTHER": "x"}
     text = f"""
 import os
 def test_it():
