@@ -91,16 +91,19 @@ def new_uuid() -> str:
 
 def random_uuid() -> str:
     """A random (version 4) uuid, as ``str(uuid.uuid4())`` gives it but several times as fast."""
-    try:
-        raw = _random.pop()
-    except IndexError:
-        chunk = os.urandom(16 * _DRAWN).hex()
-        _random.extend(chunk[i : i + 32] for i in range(0, len(chunk), 32))
-        raw = _random.pop()
-    return f"{raw[:8]}-{raw[8:12]}-4{raw[13:16]}-{_VARIANT[raw[16]]}{raw[17:20]}-{raw[20:]}"
+    while True:
+        try:
+            return _random.pop()
+        except IndexError:
+            digits = os.urandom(16 * _DRAWN).hex()
+            _random.extend(
+                f"{digits[i : i + 8]}-{digits[i + 8 : i + 12]}-4{digits[i + 13 : i + 16]}-"
+                f"{_VARIANT[digits[i + 16]]}{digits[i + 17 : i + 20]}-{digits[i + 20 : i + 32]}"
+                for i in range(0, len(digits), 32)
+            )
 
 
-#: Random digits that were drawn and not used. pop() of a list is atomic, so threads never get the same.
+#: Uuids that were drawn and not used. pop() of a list is atomic, so threads never get the same.
 _random: list[str] = []
 _DRAWN = 128
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Self
 
 from kser import context, errors, eventloop, results
+from kser.context import new_uuid
 from kser.errors import InternalError, ValidationError
 from kser.masking import mask
 from kser.results import Result
@@ -74,7 +75,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         result: Result | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        self.uuid = str(uuid) if uuid else context.new_uuid()
+        self.uuid = str(uuid) if uuid else new_uuid()
         self.params: dict[str, Any] = params or {}
         self._result = result
         self.metadata: dict[str, Any] = metadata or {}
@@ -237,13 +238,7 @@ class Entrypoint(metaclass=EntrypointMeta):
 
     def to_Message(self, result: Result | None = None) -> Message:  # noqa: N802 - the published name
         """The message that names this task, with ``result`` (default: the task's own)."""
-        return Message(
-            uuid=self.uuid,
-            entrypoint=self.path,
-            params=self.params,
-            result=result if result is not None else self.result,
-            metadata=self.metadata,
-        )
+        return Message(self.uuid, self.path, self.params, self._result if result is None else result, self.metadata)
 
     @classmethod
     def from_Message(cls, kmsg: Message) -> Self:  # noqa: N802 - the published name

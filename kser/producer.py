@@ -60,8 +60,6 @@ class _Shipment:
         self.result = Result(uuid=kmsg.uuid, retcode=results.ACCEPTED)
 
     def delivered(self, error: Error | None) -> None:
-        if self.done:
-            return  # told too late: it counts as not confirmed
         if not self.done:  # given up already, or dropped from the queue after that
             self.error = error
             self.done = True
@@ -92,10 +90,10 @@ class BaseProducer(BaseController):
         self._limit = max_message_bytes()
         self._local = threading.local()
         self._opened: set[_Shipment] = set()
-        #: Nobody overrode the hooks that get the message once it is sent.
+        #: Nobody overrode the hooks: there is nobody to show a message to, unless the log wants it.
         self._plain = all(
             getattr(getattr(type(self), hook), "__func__", None) is getattr(BaseController, hook).__func__
-            for hook in ("onsuccess", "onerror")
+            for hook in ("onmessage", "onsuccess", "onerror")
         )
 
     def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
@@ -112,7 +110,8 @@ class BaseProducer(BaseController):
             confirmed in time (it may still have arrived; sending it again with the same uuid is what uuids are for).
             Never raises because of the broker or the message.
         """
-        kmsg = self._onmessage(kmsg)
+        if not self._plain or self._logger.isEnabledFor(logging.DEBUG):
+            kmsg = self._onmessage(kmsg)
         shipment = _Shipment(topic, kmsg, self._opened)
         batch: _Batch | None = getattr(self._local, "batch", None)
         try:

@@ -56,7 +56,7 @@ class Operation(Task):
     ) -> None:
         self.tasks: list[Task] = []
         self._launched: Result | None = None
-        super().__init__(uuid=uuid, params=params, status=status, result=result, metadata=metadata)
+        super().__init__(uuid, params, status, result, metadata)
         if key:
             self.key = key
         if tasks:
@@ -125,10 +125,12 @@ class Operation(Task):
         Raises ValidationError for a missing parameter, and whatever prebuild() and build_tasks() raise.
         """
         given = {**self.params, **kwargs}
-        self._debug("PreBuild")
+        told = self._logger.isEnabledFor(logging.DEBUG)
+        if told:
+            self._debug("PreBuild")
         self._check_params(given)
         tasks = self._as_list(self.build_tasks(**(self.prebuild(**given) or given)))
-        if self._logger.isEnabledFor(logging.DEBUG):
+        if told:
             self._logger.debug("%s.BuildTasks: %d task(s) found", type(self).__name__, len(tasks), extra=self._extra())
         return tasks
 
@@ -326,9 +328,9 @@ class Operation(Task):
             key=task.key,
         )
         task.metadata = {**task.metadata, METADATA_KEY: itinerary.dump()}
-        if isinstance(task, Operation):
-            return task._transmit(result, None, None, _TIMEOUT_S)
-        return task.send(result=result)
+        if type(task).send in (Task.send, Operation.send):
+            return task._transmit(result, None, task.key or self.key or self.uuid, _TIMEOUT_S)
+        return task.send(result=result)  # overridden: whoever wrote it decides how a task is sent
 
     def send(self) -> Self:  # type: ignore[override]  # the published interface: the operation itself, for chaining
         """Send the operation itself; the worker that takes its message builds it, unless it has tasks, and starts it.

@@ -72,7 +72,7 @@ class Task(Entrypoint):
         metadata: dict[str, Any] | None = None,
     ) -> None:
         self.status: str = Status.PENDING if status == "PENDING" else Status.parse(status)
-        super().__init__(uuid=uuid, params=params, result=result, metadata=metadata)
+        super().__init__(uuid, params, result, metadata)
 
     # -- execution ---------------------------------------------------------------------------------------------------
 

@@ -67,7 +67,7 @@ class LockFiles:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path.write_text(what, encoding="utf-8")
+            path.write_text(what, encoding="utf-8", errors="backslashreplace")
         except OSError as exc:
             if not self._refused:
                 logger.warning("Running file %s cannot be written (%s): going on without", path, exc.strerror)
