@@ -211,12 +211,11 @@ class BaseProducer(BaseController):
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _hand_over(self, shipment: _Shipment, key: str | None) -> None:
-        kmsg = shipment.kmsg
+        kmsg, topic = shipment.kmsg, shipment.topic
         assert kmsg is not None
-        if not isinstance(shipment.topic, str) or not shipment.topic:
+        if not topic or not isinstance(topic, str):
             raise ValidationError(f"No topic for message {kmsg.entrypoint}[{kmsg.uuid}]: name one")
-        value = encode(kmsg, self._limit)
-        record = OutRecord(shipment.topic, key_bytes(key or message_key(kmsg)), value)
+        record = OutRecord(topic, key_bytes(key or message_key(kmsg)), encode(kmsg, self._limit))
         self._opened.add(shipment)
         try:
             self._sink.produce(record, shipment.delivered)

@@ -316,20 +316,21 @@ class Operation(Task):
     def _send_step(self, task: Task, result: Result | None, *, new: bool) -> Result:
         position = self.tasks.index(task)
         topic = self.home_topic()
-        if task.own_topic() is None:
-            task.topic = topic  # as for the tasks after it, which workers send
-        if task.home is None:
+        own = task.own_topic()
+        if own is None:
+            task.topic = own = topic  # as for the tasks after it, which workers send
+        if task._home is None and task.home is None:
             task._home = self.home
         itinerary = Itinerary(
-            frames=(self.frame(topic, self.tasks[position + 1 :]),),
-            position=position,
+            (self.frame(topic, self.tasks[position + 1 :]),),
+            position,
             new=new,
-            children=task.carried(task.own_topic() or topic),
+            children=task.carried(own),
             key=task.key,
         )
         task.metadata = {**task.metadata, METADATA_KEY: itinerary.dump()}
-        if type(task).send in (Task.send, Operation.send):
-            return task._transmit(result, None, task.key or self.key or self.uuid, _TIMEOUT_S)
+        if type(task).send in _OWN_SENDS:
+            return task._transmit(result, own, task.key or self.key or self.uuid, _TIMEOUT_S)
         return task.send(result=result)  # overridden: whoever wrote it decides how a task is sent
 
     def send(self) -> Self:  # type: ignore[override]  # the published interface: the operation itself, for chaining
@@ -390,6 +391,7 @@ class Operation(Task):
         return f"Operation [{type(self).__name__}](id={self.uuid},status={self.status})"
 
 
+_OWN_SENDS = (Task.send, Operation.send)
 Controller.BUILT_IN[wire_name(Operation)] = Operation  # composed by hand from a service's tasks, nobody registers it
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kser import ItineraryError, Message, Result
@@ -117,6 +117,7 @@ json_values = st.recursive(
 
 
 @given(json_values | st.fixed_dictionaries({"v": st.just(1)}, optional={"ops": json_values, "end": json_values}))
+@settings(deadline=None)
 def test_anything_is_read_or_refused_with_an_itinerary_error_and_always_has_a_key(data):
     message = kmsg({METADATA_KEY: data})
     assert isinstance(message_key(message), str)

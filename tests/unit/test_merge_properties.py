@@ -3,7 +3,7 @@
 import copy
 import functools
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kser import Result
@@ -25,6 +25,7 @@ made = st.builds(
 
 
 @given(made, made)
+@settings(deadline=None)
 def test_a_merge_is_a_new_result_and_its_arguments_stay_as_they_are(old, new):
     before = copy.deepcopy(dump(old)), copy.deepcopy(dump(new))
     merged = merge(old, new, "m")
@@ -38,6 +39,7 @@ def test_a_merge_is_a_new_result_and_its_arguments_stay_as_they_are(old, new):
 
 
 @given(made, made)
+@settings(deadline=None)
 def test_the_new_one_wins_where_it_says_something(old, new):
     merged = merge(old, new, "m")
     assert merged.uuid == "m"
@@ -48,6 +50,7 @@ def test_the_new_one_wins_where_it_says_something(old, new):
 
 
 @given(made, made, made)
+@settings(deadline=None)
 def test_the_merge_is_associative(a, b, c):
     left = merge(merge(a, b, "x"), c, "m")
     right = merge(a, merge(b, c, "y"), "m")
@@ -55,12 +58,14 @@ def test_the_merge_is_associative(a, b, c):
 
 
 @given(made)
+@settings(deadline=None)
 def test_an_empty_result_adds_nothing_and_takes_nothing_away(result):
     assert dump(merge(Result(), result, result.uuid)) == dump(result)
     assert dump(merge(result, Result(retcode=result.retcode), result.uuid)) == dump(result)
 
 
 @given(st.lists(made, min_size=1, max_size=5))
+@settings(deadline=None)
 def test_a_chain_of_steps_ends_with_the_last_retcode_and_every_value(chain):
     end = functools.reduce(lambda so_far, new: merge(so_far, new, new.uuid), chain, Result())
     assert end.retcode == chain[-1].retcode

@@ -35,7 +35,7 @@ messages = st.builds(
 
 
 @given(messages)
-@settings(max_examples=100)
+@settings(deadline=None, max_examples=100)
 def test_what_is_written_is_read_whichever_way_it_was_written(kmsg):
     data = kmsg.dump()
     assert json.loads(kmsg.dumps()) == json.loads(kmsg.to_bytes()) == data
@@ -45,7 +45,7 @@ def test_what_is_written_is_read_whichever_way_it_was_written(kmsg):
 
 
 @given(st.lists(st.integers(0, 1), max_size=700), scalars)
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 def test_deep_nesting_comes_through(shape, leaf):
     value = leaf
     for kind in shape:
@@ -55,6 +55,7 @@ def test_deep_nesting_comes_through(shape, leaf):
 
 
 @given(st.integers(-(10**40), 10**40) | st.integers(2**63 - 3, 2**64 + 3) | st.integers(-(2**63) - 3, -(2**63) + 3))
+@settings(deadline=None)
 def test_whole_numbers_of_any_size_stay_whole(number):
     for raw in (Message("u", "e", {"n": number}).to_bytes(), Message("u", "e", {"n": number}).dumps()):
         read = Message.loads(raw).params["n"]
@@ -95,7 +96,7 @@ def _by_the_schema(data):
 
 
 @given(almost_messages | values)
-@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 def test_the_short_cut_accepts_refuses_and_reads_what_the_schema_does(data):
     raw = json.dumps(data)
     try:
@@ -123,7 +124,7 @@ def test_the_short_cut_accepts_refuses_and_reads_what_the_schema_does(data):
     | st.text(max_size=60)
     | st.text(st.sampled_from('{}[]",:0123456789.eE-+ ntfu\\'), max_size=40)
 )
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 def test_reading_raises_nothing_but_a_validation_error_and_a_controller_nothing_at_all(raw):
     with contextlib.suppress(ValidationError):
         Message.loads(raw)
@@ -134,6 +135,7 @@ def test_reading_raises_nothing_but_a_validation_error_and_a_controller_nothing_
 
 
 @given(values)
+@settings(deadline=None)
 def test_parse_reads_what_the_standard_library_reads(value):
     raw = json.dumps(value)
     assert parse(raw) == parse(raw.encode()) == value

@@ -84,7 +84,7 @@ def test_k96_t17_a_dead_broker_is_a_failed_result_within_the_timeout():
     producer = dead()
     begun = time.monotonic()
     result = producer.send("t", kmsg(), timeout=0.2)
-    assert 0.15 < time.monotonic() - begun < 2
+    assert 0.15 < time.monotonic() - begun < 5
     assert (result.retcode, result.uuid) == (504, "u")
     assert "was not confirmed by the broker within 0.2 s" in result.stderr
     assert result.retval["error"]["extra"]["uuids"] == ["u"]
@@ -286,7 +286,7 @@ def test_k97_a_partial_failure_names_what_was_not_sent():
 def test_k97_a_dead_broker_fails_the_bulk_within_its_timeout():
     begun = time.monotonic()
     result = dead().bulk_send("t", [kmsg("a"), kmsg("b")], timeout=0.1)
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 5
     assert (result.retcode, result.retval["failed"]) == (504, ["a", "b"])
 
 
@@ -324,7 +324,7 @@ def test_a_batch_on_a_dead_broker_ends_within_its_timeout():
     producer, begun = dead(), time.monotonic()
     with pytest.raises(DeliveryError, match=r"within 0\.2 s") as caught, producer.batch(timeout=0.2):
         results = [producer.send("t", kmsg(str(n))) for n in range(20)]
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 5
     assert len(caught.value.extra["uuids"]) == 20
     assert "..." in caught.value.message
     assert {r.retcode for r in results} == {504}

@@ -274,7 +274,7 @@ _known.subscribe(name="op")(type("Op", (Operation,), {}))
 
 
 @given(anything)
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 def test_whatever_a_message_holds_the_runner_gives_an_outcome_and_raises_nothing(message):
     logging.disable(logging.CRITICAL)
     try:
@@ -471,6 +471,7 @@ def test_a_record_that_comes_again_is_not_taken_twice():
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, unique=True).map(sorted), st.randoms(use_true_random=False))
+@settings(deadline=None)
 def test_the_committable_offset_is_the_lowest_unfinished_one_whatever_the_gaps(offsets, random):
     partition = state()
     assert all(partition.take(offset) for offset in offsets)

@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kser import Status, StatusError, Task, ValidationError
@@ -43,6 +43,7 @@ def test_move_refuses_what_is_not_legal_and_takes_a_run_nobody_announced(old, ne
 
 
 @given(st.lists(st.sampled_from(sorted(LEGAL)), max_size=20))
+@settings(deadline=None)
 def test_no_walk_of_moves_leaves_success_or_skipped(walk):
     at = Status.PENDING
     for new in walk:
@@ -65,6 +66,7 @@ def test_a_status_equals_its_name_and_prints_as_it():
 
 
 @given(st.text())
+@settings(deadline=None)
 def test_parse_gives_the_status_or_names_those_there_are(name):
     if name in LEGAL:
         assert Status.parse(name) == name
