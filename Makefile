@@ -41,7 +41,7 @@ check: setup  ## lint, format, types, import contracts
 	@$(BIN)/lint-imports
 
 kafka: setup  ## a real Apache Kafka to play with, in the foreground
-	@$(BIN)/python -m tests.apache_kafka --port 9092
+	@$(BIN)/python -m tests.apache_kafka $(or $(KAFKA_ARGS),--port 9092)
 
 docs: setup  ## build the documentation into site/
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --group docs
