@@ -32,6 +32,9 @@ class Delivery(Protocol):
     def send(self, kmsg: "Message", topic: str | None, key: str | None) -> "Result":
         """Keep one message. Topic None: the one the running message came from. retcode 202, or a failed Result."""
 
+    def drop(self) -> None:
+        """Forget what was kept so far: what sent it failed."""
+
 
 _task: ContextVar[Any] = ContextVar("kser_task", default=None)
 _delivery: ContextVar[Delivery | None] = ContextVar("kser_delivery", default=None)

@@ -134,6 +134,9 @@ class Sequencer:
                 return out
         if final is None:
             assert failure is not None
+            delivery = context.current_delivery()
+            if delivery is not None:
+                delivery.drop()  # as for a task: nothing leaves of one that failed; what hooks send from now on does
             final = self._fail(operation, failure)
         self._operation_over(around._replace(new=False), operation, final, topic, out)
         return out

@@ -64,6 +64,9 @@ class _Outbox:
             stdout=f"Message {kmsg.entrypoint}[{kmsg.uuid}] leaves for {target} when the running task is settled",
         )
 
+    def drop(self) -> None:
+        self.messages.clear()
+
 
 class Runner:
     """Runs records.
@@ -150,7 +153,7 @@ class Runner:
         with context.id_scope(f"{kmsg.uuid}:hooks"):
             result = self.controller._onresult(kmsg, result)
         if not results.is_success(result):
-            outbox.messages.clear()  # nothing of a failed task leaves
+            outbox.drop()  # nothing of a failed task leaves
         consequences = self.sequencer.task_ended(task, result, itinerary, record.topic)
         outcome = self._outcome("done" if results.is_success(result) else "failed", consequences, outbox)
         if outcome.records:
@@ -159,18 +162,14 @@ class Runner:
 
     def _launch(self, record: Record, operation: Operation, itinerary: Itinerary | None, outbox: _Outbox) -> Outcome:
         consequences = self.sequencer.operation_reached(operation, itinerary, record.topic)
-        if operation.status == Status.FAILED:
-            outbox.messages.clear()  # as for a task: nothing of a failed one leaves
-            return self._outcome("failed", consequences, outbox)
-        outcome = self._outcome("done", consequences, outbox)
-        if operation.status == Status.RUNNING:
-            outcome.refused = lambda error: self._refused(
-                error,
-                f"{operation.path}[{operation.uuid}]",
-                operation.uuid,
-                record.topic,
-                lambda failure: self.sequencer.operation_refused(operation, failure, itinerary, record.topic),
-            )
+        outcome = self._outcome("failed" if operation.status == Status.FAILED else "done", consequences, outbox)
+        outcome.refused = lambda error: self._refused(
+            error,
+            f"{operation.path}[{operation.uuid}]",
+            operation.uuid,
+            record.topic,
+            lambda failure: self.sequencer.operation_refused(operation, failure, itinerary, record.topic),
+        )
         return outcome
 
     def _dispatch(self, kmsg: Message) -> Entrypoint:

@@ -507,3 +507,37 @@ def test_a_function_may_be_a_step_of_an_operation(registry):
         return {"two": 2}
 
     assert Operation(tasks=[one(), two()]).execute().retval == {"one": 1, "two": 2}
+
+
+@pytest.mark.parametrize("with_app", [True, False])
+def test_k81_k82_k92_t23_the_documented_consumer_with_and_without_a_flask_app(with_app, caplog):
+    """The program of the document on the in-memory driver: REGISTRY is set on the instance, run() blocks."""
+    from flask import Flask
+
+    from kser.dummy.consumer import Consumer
+    from kser.dummy.producer import Producer
+
+    oregistry = OperationRegistry()
+
+    @oregistry.subscribe(name=f"dice with app {with_app}")
+    class DiceRoll(Task):
+        def run(self):
+            return Result(uuid=self.uuid, stdout="You made a 1")
+
+    if with_app:
+        oregistry.init_app(Flask("dice"))
+    config = {"bootstrap_servers": f"documented {with_app}", "group_id": "dice"}
+    assert Consumer.REGISTRY is Controller
+    consumer = Consumer(config, ["dice"])
+    consumer.REGISTRY = oregistry.controller
+    caplog.clear()
+    assert Producer(config).send("dice", Message(uuid=U, entrypoint=DiceRoll.path)).retcode == 0
+    consumer.run(until_idle=True)
+    at = f"{DiceRoll.path}[{U}]"
+    wanted = [
+        f"Producer.Success: {at}: Message {at} sent in dice",
+        "Consumer.Starting...",
+        f"DiceRoll.Success: {at}: You made a 1",
+        f"Controller.Success: {at}: You made a 1",
+    ]
+    assert [line for line in lines(caplog, logging.INFO) if line in wanted] == wanted

@@ -350,6 +350,31 @@ def test_nothing_of_an_operation_that_could_not_start_leaves(runner, registry, n
     assert [e.type for e in events(outcome)] == [EventType.OPERATION_STARTED, EventType.OPERATION_ENDED]
 
 
+@pytest.mark.parametrize("fails_at", ["start", "task"])
+def test_what_the_hooks_of_a_failed_operation_send_does_leave(group, registry, note, ran, fails_at):
+    """A compensation, say: the operation has ended, and nothing runs it again."""
+
+    @registry.subscribe
+    class Fails(Operation):
+        def prebuild(self, **kwargs):
+            note(uuid="dropped").send()
+
+        def build_tasks(self, **kwargs):
+            bad = registry.task(name="bad")(lambda: 1 / 0)
+            return [] if fails_at == "start" else [bad()]
+
+    @registry.subscribe
+    class Outer(Operation):
+        def onerror(self, result):
+            note(uuid="compensation").send()
+            return result
+
+    Outer(uuid="outer", tasks=[Fails()]).launch()
+    group.run()
+    assert group.end_of("outer").status == "FAILED"
+    assert ran == (["compensation"] if fails_at == "start" else ["dropped", "compensation"])
+
+
 def test_what_a_task_sends_goes_first_and_the_next_message_after_it(group, registry, note, ran):
     @registry.subscribe
     class Sends(Task):
