@@ -9,15 +9,17 @@ TOOLS := $(VENV)/.tools
 .PHONY: help setup demo test check kafka docs bench clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
+		printf '  make %-6s  %s\n' "$$name" "$$what"; done
 
 setup: $(TOOLS)  ## make .venv with kser and everything the tests need
 
 $(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "kser needs Python 3.11 or newer: there is no $(PYTHON) here"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "kser needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@echo "making $(VENV) with kser ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
 		echo "python3 -m venv failed. On Debian: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e .
@@ -45,7 +47,7 @@ kafka: setup  ## a real Apache Kafka to play with, in the foreground
 
 docs: setup  ## build the documentation into site/
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --group docs
-	@$(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "built: site/index.html"
 
 bench: setup  ## the benchmarks, with their ratios
@@ -53,4 +55,4 @@ bench: setup  ## the benchmarks, with their ratios
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## remove .venv and what was built
-	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -15,6 +15,7 @@ from typing import Any
 
 from kser.controller import Controller
 from kser.errors import ConfigurationError, DeliveryError, Error, GroupError, TransportError
+from kser.events import events_topic
 from kser.producer import max_message_bytes
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import OutRecord, Partition, Position, Record, Sink, Source, Transport
@@ -45,11 +46,13 @@ _TURN_S = 0.2
 class _Pending:
     """A record that was run, and how many of its consequences the broker has not confirmed."""
 
-    __slots__ = ("due", "error", "finished", "open", "retry")
+    __slots__ = ("due", "error", "finished", "open", "retry", "then")
 
     def __init__(self, finished: Finished) -> None:
         self.finished = finished
         self.open = 0
+        #: What to produce once all that is open is confirmed.
+        self.then: list[OutRecord] = []
         #: What to produce again, not before ``due``.
         self.retry: list[OutRecord] = []
         self.due = 0.0
@@ -159,6 +162,7 @@ class _Loop:
     def __init__(self, worker: Worker, transport: Transport, runner: Runner) -> None:
         self.worker = worker
         self.stats = worker.stats
+        self.events_topic = events_topic(worker.group)
         self.source: Source = transport.source(worker.group)
         self.sink: Sink = transport.sink()
         self.executor = Executor(runner)
@@ -271,7 +275,11 @@ class _Loop:
             return
         pending = _Pending(finished)
         self.pending.add(pending)
-        self._produce(pending, outcome.records)
+        if outcome.ahead:
+            pending.then = outcome.records[outcome.ahead :]
+            self._produce(pending, outcome.records[: outcome.ahead])
+        else:
+            self._produce(pending, outcome.records)
 
     def _produce(self, pending: _Pending, records: Sequence[OutRecord]) -> None:
         pending.open += len(records)
@@ -300,6 +308,10 @@ class _Loop:
                 self.retrying.append(pending)
             pending.retry.append(record)
             logger.warning("Not confirmed by the broker, will be sent again: %s", error.message)
+        elif record.topic == self.events_topic:
+            logger.error(
+                "An event of %s was refused by the broker: %s", _describe(pending.finished.record), error.message
+            )
         else:
             pending.error = error
 
@@ -312,9 +324,16 @@ class _Loop:
             refused = outcome.refused if outcome is not None else None
             if refused is not None and outcome is not None:
                 outcome.refused = None  # once: what tells the refusal may be refused too, and is then only logged
+                pending.then = []
                 self._produce(pending, refused(error))
                 return
-            logger.error("An event of %s was refused by the broker: %s", _describe(pending.finished.record), error)
+            logger.error(
+                "What follows from %s was refused by the broker: %s", _describe(pending.finished.record), error.message
+            )
+        if pending.then:
+            records, pending.then = pending.then, []
+            self._produce(pending, records)
+            return
         self.pending.discard(pending)
         pending.finished.state.settled(pending.finished.record.offset)
 

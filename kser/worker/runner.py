@@ -34,7 +34,10 @@ class Outcome:
     #: "done", "failed", "rejected" (no message) or "foreign" (of another group).
     kind: str
     records: list[OutRecord] = field(default_factory=list)
-    #: Gives the records to send instead, when the broker refuses one of these for good.
+    #: How many of the records the task itself sent. They go first, and the rest when all of them are confirmed: one that is
+    #: refused fails the task, and then its operation must not have gone on.
+    ahead: int = 0
+    #: Gives the records to send instead, when the broker refuses a message for good.
     refused: Callable[[Error], list[OutRecord]] | None = None
 
 
@@ -218,7 +221,11 @@ class Runner:
         return Outcome("rejected", self._records([], [event]))
 
     def _outcome(self, kind: str, consequences: Consequences, outbox: _Outbox) -> Outcome:
-        return Outcome(kind, self._records([*outbox.messages, *consequences.messages], consequences.events))
+        return Outcome(
+            kind,
+            self._records([*outbox.messages, *consequences.messages], consequences.events),
+            ahead=len(outbox.messages),
+        )
 
     def _records(self, messages: list[Outgoing], events: list[Event]) -> list[OutRecord]:
         records = [OutRecord(m.topic, key_bytes(m.key), m.value, self._headers) for m in messages]

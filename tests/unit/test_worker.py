@@ -308,6 +308,49 @@ def test_a_next_message_refused_for_good_ends_the_operation(registry, transport,
     wait_for(lambda: committed(transport) == 1)
 
 
+def test_what_a_task_sends_is_refused_before_its_operation_goes_on(registry, transport, start):
+    """The task fails then, and the next step must not have been sent."""
+    ran = []
+
+    @registry.subscribe
+    class Child(Task):
+        def run(self):
+            ran.append("child")
+
+    @registry.subscribe
+    class Parent(Task):
+        def run(self):
+            assert Child().send().retcode == 202
+
+    @registry.subscribe
+    class After(Task):
+        def run(self):
+            ran.append("after")
+
+    operation = Operation(tasks=[Parent(), After()])
+    operation.launch()
+    transport.fail_next("produce", TransportError("topic authorization failed", retriable=False))
+    start()
+    wait_for(lambda: view(transport, operation.uuid).ended)
+    wait_for(lambda: committed(transport) == 1)
+    assert view(transport, operation.uuid).status == "FAILED"
+    assert ran == []
+
+
+def test_an_event_refused_for_good_does_not_end_the_operation(registry, transport, start, caplog):
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            return None
+
+    task = Step()
+    task.send()
+    transport.fail_next("produce", TransportError("events may not be written", retriable=False))
+    start()
+    wait_for(lambda: committed(transport) == 1)
+    assert "events may not be written" in caplog.text
+
+
 def test_a_commit_that_fails_is_tried_again(registry, transport, start):
     @registry.subscribe
     class Step(Task):
