@@ -34,8 +34,8 @@ class Outcome:
     #: "done", "failed", "rejected" (no message) or "foreign" (of another group).
     kind: str
     records: list[OutRecord] = field(default_factory=list)
-    #: How many of the records the task itself sent. They go first, and the rest when all of them are confirmed: one that
-    #: is refused fails the task, and then its operation must not have gone on.
+    #: How many of the records the task itself sent. They go first, the rest when all of them are confirmed: one that is
+    #: refused fails the task, and then its operation must not have gone on.
     ahead: int = 0
     #: Gives the records to send instead, when the broker refuses a message for good.
     refused: Callable[[Error], list[OutRecord]] | None = None
