@@ -68,6 +68,10 @@ class Entrypoint(metaclass=EntrypointMeta):
     _logger: ClassVar[logging.Logger] = logger
     _message_logger: ClassVar[logging.Logger] = logger
 
+    #: What an object starts with; it gets its own when there is something to say.
+    _result: Result | None = None
+    _broken: Result | None = None
+
     def __init__(
         self,
         uuid: str | None = None,
@@ -77,9 +81,9 @@ class Entrypoint(metaclass=EntrypointMeta):
     ) -> None:
         self.uuid = str(uuid) if uuid else new_uuid()
         self.params: dict[str, Any] = params or {}
-        self._result = result
         self.metadata: dict[str, Any] = metadata or {}
-        self._broken: Result | None = None
+        if result is not None:
+            self._result = result
         try:
             self.postinit()
         except Exception as exc:  # noqa: BLE001 - user code: told now, and again by each execute()

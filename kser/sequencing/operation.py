@@ -44,6 +44,9 @@ class Operation(Task):
 
     _logger: ClassVar[logging.Logger] = logger
 
+    #: What launch() gave.
+    _launched: Result | None = None
+
     def __init__(
         self,
         uuid: str | None = None,
@@ -55,7 +58,6 @@ class Operation(Task):
         key: str | None = None,
     ) -> None:
         self.tasks: list[Task] = []
-        self._launched: Result | None = None
         super().__init__(uuid, params, status, result, metadata)
         if key:
             self.key = key
@@ -151,7 +153,8 @@ class Operation(Task):
     def build(self, **kwargs: Any) -> Self:
         """Add the computed tasks and finalize(). ``self.params`` holds ``{**params, **kwargs}`` afterwards."""
         tasks = self.compute_tasks(**kwargs)
-        self.params = {**self.params, **kwargs}
+        if kwargs:
+            self.params = {**self.params, **kwargs}
         self._add_tasks(tasks)
         return self.finalize()
 
@@ -361,7 +364,7 @@ class Operation(Task):
             params=self.params,
             topic=topic,
             key=self.key,
-            metadata={k: v for k, v in self.metadata.items() if k != METADATA_KEY},
+            metadata={k: v for k, v in self.metadata.items() if k != METADATA_KEY} if self.metadata else {},
             tasks=[task.to_entry(topic) for task in tasks if task.status != Status.SUCCESS],
         )
 

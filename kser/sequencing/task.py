@@ -56,6 +56,8 @@ class Task(Entrypoint):
 
     #: Topic of this task's messages; None: the registry's, else (on a worker) the one the running message came from.
     topic: str | None = None
+    #: Where it stands; the name of a Status.
+    status: str = Status.PENDING
     #: Key of this task's messages; None: that of its operation, else its own uuid.
     key: str | None = None
 
@@ -71,7 +73,8 @@ class Task(Entrypoint):
         result: Result | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        self.status: str = Status.PENDING if status == "PENDING" else Status.parse(status)
+        if status != "PENDING":
+            self.status = Status.parse(status)
         super().__init__(uuid, params, result, metadata)
 
     # -- execution ---------------------------------------------------------------------------------------------------
