@@ -10,6 +10,7 @@ import uuid
 
 import pytest
 
+from kser import Message
 from kser.confluent.producer import Producer
 from kser.events import EventType
 from tests import processes
@@ -145,3 +146,25 @@ def test_launch_watch_follows_from_a_third_process(bootstrap, tmp_path):
     assert bad.returncode == 1, bad.stderr
     assert "dice.Roll" in bad.stdout + bad.stderr
     assert "the die rolled off the table" in bad.stdout + bad.stderr
+
+
+def test_an_operation_ends_where_its_class_is_known(bootstrap, service, tmp_path):
+    """The consumer that runs the last roll does not know the operation: its end travels to one that does."""
+    rolls, games, group = new_topic(bootstrap, 2), new_topic(bootstrap, 2), f"g{uuid.uuid4().hex[:8]}"
+    tell, log = tmp_path / "tell", tmp_path / "log"
+    message = Message(str(uuid.uuid4()), "split.Game", {"rolls": rolls, "tell": str(tell)})
+    with (
+        worker(bootstrap, rolls, group, log, "rolls", app="tests.apps.rolls:registry"),
+        worker(bootstrap, games, group, log, "games", app="tests.apps.games:registry"),
+    ):
+        assert service.send(games, message).retcode == 0
+        view = wait_for(
+            lambda: (v := views(bootstrap, group).get(message.uuid)) and v.ended and v,
+            60,
+            f"the end: {log.read_text()}",
+        )
+    assert view.status == "SUCCESS"
+    assert [step.worker for step in view.steps] == ["rolls", "rolls"]
+    ended = [e for e in processes.events(bootstrap, group) if e.type == EventType.OPERATION_ENDED]
+    assert [(e.worker, e.note) for e in ended] == [("games", "")]
+    assert tell.read_text().splitlines() == ["status RUNNING", "status SUCCESS", "onsuccess You made a 2"]
