@@ -39,7 +39,7 @@ def test_a_dead_broker_gives_a_failed_result_in_time(make):
     sent = message()
     begun = time.monotonic()
     result = producer.send("t", sent, timeout=1.5)
-    assert 1 < time.monotonic() - begun < 8
+    assert 1 < time.monotonic() - begun < 4
     assert (result.retcode, result.uuid) == (504, sent.uuid)
     assert "not confirmed" in result.stderr
     assert producer.bulk_send("t", (message() for _ in range(3)), timeout=0.5).retcode != 0
