@@ -292,7 +292,7 @@ def _consumer(user: Mapping[str, Any], group: str, *, kip848: bool) -> dict[str,
         config = _without(config, _CLASSIC_ONLY) | {"group.protocol": "consumer"}
     elif config.get("group.protocol", "classic") == "classic":
         config.setdefault("partition.assignment.strategy", "cooperative-sticky")
-        # Members learn of a rebalance by a heartbeat: with librdkafka's 3 s two of them took 9 s to share, with 1 s 3.
+        # Members learn of a rebalance by a heartbeat: with librdkafka's 3 s two of them took 9 s to share.
         config.setdefault("heartbeat.interval.ms", min(1000, int(config.get("session.timeout.ms", 45000)) // 3))
     return config | _SOURCE_ALWAYS | {"group.id": group}
 
