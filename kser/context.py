@@ -5,7 +5,9 @@ context, and two tasks running side by side do not see each other's.
 """
 
 import os
+import time
 import uuid as uuids
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,14 +17,18 @@ if TYPE_CHECKING:
     from kser.schemas import Message
 
 __all__ = [
+    "Control",
     "Delivery",
+    "Scope",
+    "controlling",
+    "current_control",
     "current_delivery",
     "current_task",
-    "delivering",
     "derive_uuid",
     "id_scope",
     "new_uuid",
     "random_uuid",
+    "within",
 ]
 
 
@@ -36,9 +42,59 @@ class Delivery(Protocol):
         """Forget what was kept so far: what sent it failed."""
 
 
+class Control:
+    """One execution as its worker sees it: told to end from outside, and telling that it is alive.
+
+    Thread rule: the worker writes ``aborted``, the task's thread calls beat(); both are single assignments.
+    """
+
+    __slots__ = ("aborted", "alive", "attempt", "cancel")
+
+    def __init__(self, attempt: int = 1) -> None:
+        #: Why the execution should end: "timeout", "lost", "stopping"; None while it should go on.
+        self.aborted: str | None = None
+        #: time.monotonic() of the last heartbeat, 0 before the first.
+        self.alive = 0.0
+        self.attempt = attempt
+        #: Ends the coroutine that the task's thread waits for, if it waits for one.
+        self.cancel: Callable[[], object] | None = None
+
+    def beat(self) -> None:
+        """Note that the execution is alive."""
+        self.alive = time.monotonic()
+
+
 _task: ContextVar[Any] = ContextVar("kser_task", default=None)
-_delivery: ContextVar[Delivery | None] = ContextVar("kser_delivery", default=None)
-_ids: "ContextVar[id_scope | None]" = ContextVar("kser_ids", default=None)
+_control: ContextVar[Control | None] = ContextVar("kser_control", default=None)
+_scope: "ContextVar[Scope | None]" = ContextVar("kser_scope", default=None)
+
+
+class Scope:
+    """One record being run on a worker: where what is sent goes, and what new ids are derived from.
+
+    One object for both, so that a record costs one context variable. Thread rule: belongs to the thread that runs the
+    record; what that thread's task starts may share it.
+    """
+
+    __slots__ = ("_parent", "_suffix", "delivery", "made")
+
+    def __init__(self, delivery: Delivery | None, parent: str | None = None) -> None:
+        self.delivery = delivery
+        self._parent = parent
+        self._suffix = ""
+        #: Ids made so far of the parent of now.
+        self.made = 0
+
+    def derive_from(self, parent: str, suffix: str = "") -> None:
+        """From now on new ids are derived from ``parent`` and their order, so that running it again makes the same."""
+        self._parent, self._suffix, self.made = parent, suffix, 0
+
+    def new_uuid(self) -> str | None:
+        """The next derived id; None when there is no parent."""
+        if self._parent is None:
+            return None
+        self.made += 1
+        return derive_uuid(self._parent + self._suffix, self.made - 1)
 
 
 def current_task() -> "Entrypoint | None":
@@ -47,49 +103,68 @@ def current_task() -> "Entrypoint | None":
     return task
 
 
-def current_delivery() -> Delivery | None:
-    """What takes the messages sent here, or None outside of a worker: then a producer sends them."""
-    return _delivery.get()
+def current_control() -> Control | None:
+    """What the worker and the running task tell each other, or None outside of a worker."""
+    return _control.get()
 
 
-class delivering:  # noqa: N801 - used as a statement
-    """Within the block what tasks send goes to ``delivery``."""
+class controlling:  # noqa: N801 - used as a statement
+    """Within the block the tasks that are made are under ``control``."""
 
-    __slots__ = ("_delivery", "_token")
+    __slots__ = ("_control", "_token")
 
-    def __init__(self, delivery: Delivery) -> None:
-        self._delivery = delivery
+    def __init__(self, control: Control) -> None:
+        self._control = control
 
     def __enter__(self) -> None:
-        self._token = _delivery.set(self._delivery)
+        self._token = _control.set(self._control)
 
     def __exit__(self, *exc_info: object) -> None:
-        _delivery.reset(self._token)
+        _control.reset(self._token)
+
+
+def current_delivery() -> Delivery | None:
+    """What takes the messages sent here, or None outside of a worker: then a producer sends them."""
+    scope = _scope.get()
+    return scope.delivery if scope is not None else None
+
+
+class within:  # noqa: N801 - used as a statement
+    """Within the block this scope is the current one."""
+
+    __slots__ = ("_scope", "_token")
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+
+    def __enter__(self) -> Scope:
+        self._token = _scope.set(self._scope)
+        return self._scope
+
+    def __exit__(self, *exc_info: object) -> None:
+        _scope.reset(self._token)
 
 
 class id_scope:  # noqa: N801 - used as a statement
-    """Within the block new ids are derived from ``parent`` and their order, so that running it again makes the same."""
+    """Within the block new ids are derived from ``parent`` and their order; after it as before it."""
 
-    __slots__ = ("_token", "made", "parent")
+    __slots__ = ("_scope", "_token")
 
     def __init__(self, parent: str) -> None:
-        self.parent = parent
-        self.made = 0
+        current = _scope.get()
+        self._scope = Scope(current.delivery if current is not None else None, parent)
 
     def __enter__(self) -> None:
-        self._token = _ids.set(self)
+        self._token = _scope.set(self._scope)
 
     def __exit__(self, *exc_info: object) -> None:
-        _ids.reset(self._token)
+        _scope.reset(self._token)
 
 
 def new_uuid() -> str:
     """A random uuid, or on a worker one that a redelivery of the same message makes again."""
-    scope = _ids.get()
-    if scope is None:
-        return random_uuid()
-    scope.made += 1
-    return derive_uuid(scope.parent, scope.made - 1)
+    scope = _scope.get()
+    return (scope.new_uuid() if scope is not None else None) or random_uuid()
 
 
 def random_uuid() -> str:

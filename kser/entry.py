@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from kser import context, errors, eventloop, results
 from kser.context import new_uuid
-from kser.errors import InternalError, ValidationError
+from kser.errors import InternalError, TaskTimeoutError, ValidationError
 from kser.masking import mask
 from kser.results import Result
 from kser.schemas import Message
@@ -64,6 +64,17 @@ class Entrypoint(metaclass=EntrypointMeta):
     #: Name in messages when it is not ``module.Class``. Belongs to the class itself, not to its subclasses.
     WIRE_NAME: ClassVar[str | None] = None
 
+    #: Seconds one execution may take on a worker; None: as long as it takes. An isolated task is killed, any other one
+    #: sees ``aborted``; it fails either way.
+    timeout: ClassVar[float | None] = None
+    #: How many of this class a worker runs side by side; None: as many as it can.
+    limit: ClassVar[int | None] = None
+    #: True: run in a child process of the worker, beside the GIL and to be killed when it must end.
+    isolate: ClassVar[bool] = False
+
+    #: What the worker that runs this task tells it, and the other way round.
+    _control: context.Control | None = None
+
     #: For the lines of an execution, and for those of log().
     _logger: ClassVar[logging.Logger] = logger
     _message_logger: ClassVar[logging.Logger] = logger
@@ -104,6 +115,28 @@ class Entrypoint(metaclass=EntrypointMeta):
     def path(self) -> str:
         """Name of this task's class in messages."""
         return wire_name(type(self))
+
+    # -- on a worker -------------------------------------------------------------------------------------------------
+
+    @property
+    def attempt(self) -> int:
+        """Which try this is of the same message, from 1. Information only: whoever deduplicates does it by ``uuid``."""
+        return self._control.attempt if self._control is not None else 1
+
+    @property
+    def aborted(self) -> str | None:
+        """Why this execution should end now, else None. A long run() looks at it between its steps and returns.
+
+        "timeout": over its ``timeout``, it fails whatever it returns. "lost": the partition went to another worker,
+        which runs the task again; what this execution gives is dropped. "stopping": the worker ends.
+        """
+        return self._control.aborted if self._control is not None else None
+
+    def heartbeat(self) -> bool:
+        """Tell that a long run() is alive, for whoever looks at the worker. False once it should end (``aborted``)."""
+        if self._control is not None:
+            self._control.beat()
+        return self.aborted is None
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -175,11 +208,22 @@ class Entrypoint(metaclass=EntrypointMeta):
         forwarded = self.result
         try:
             ran = self._as_result(self._run(), "run")
+            if self._control is not None and self._control.aborted == "timeout":
+                raise self._timed_out()  # what it still gave came too late
         except Exception as exc:
+            if self._control is not None and self._control.aborted == "timeout" and not isinstance(exc, TaskTimeoutError):
+                late = self._timed_out()
+                late.__cause__, exc = exc, late
             self._postrun_of_failure(results.from_exception(exc, self.uuid))
-            raise
+            raise exc
         ran = self._postrun(ran if ran is not None else Result(uuid=self.uuid))
         return results.merge(forwarded, ran, self.uuid)
+
+    def _timed_out(self) -> TaskTimeoutError:
+        return TaskTimeoutError(
+            f"{self.path}[{self.uuid}] took longer than its timeout of {self.timeout:g} s",
+            extra={"uuid": self.uuid, "entrypoint": self.path, "timeout": self.timeout},
+        )
 
     def _prerun(self) -> None:
         self._debug("PreRun")

@@ -15,6 +15,9 @@ Error                         code 1       everything kser raises on purpose (cd
 │     ├─ GroupError           409          this member does not own the partition (any more)
 │     ├─ FencedError          409          another producer took over the transactional id
 │     └─ OffsetLostError      410          the committed offset does not exist any more
+├─ TaskTimeoutError           408          an execution took longer than the ``timeout`` of its task
+├─ AbortedError               409          an execution was ended from outside
+├─ TaskCrashedError           500          the child process that an execution was in died
 └─ InternalError              500          anything else, user code's own exceptions among them
 
 Every error has code, message, extra, stack, msgid and name (source: cdumay-error 0.2.1).
@@ -33,6 +36,7 @@ from cdumay_error.types import (
 )
 
 __all__ = [
+    "AbortedError",
     "ConfigurationError",
     "DeliveryError",
     "EntrypointNotFoundError",
@@ -47,6 +51,8 @@ __all__ = [
     "NotImplemented",
     "OffsetLostError",
     "StatusError",
+    "TaskCrashedError",
+    "TaskTimeoutError",
     "TransportError",
     "ValidationError",
 ]
@@ -82,6 +88,27 @@ class MessageTooLargeError(ValidationError):
             "it, or nest operations, so that each message carries only the tasks of its own level",
             extra={"size": size, "limit": limit, **extra},
         )
+
+
+class TaskTimeoutError(Error):
+    """The task took longer than its ``timeout``."""
+
+    MSGID = "ERR-40801"
+    CODE = 408
+
+
+class AbortedError(Error):
+    """The execution was ended from outside; ``extra["reason"]`` says why."""
+
+    MSGID = "ERR-40904"
+    CODE = 409
+
+
+class TaskCrashedError(Error):
+    """The child process of an isolated task died while it ran the task; the message names the signal or exit code."""
+
+    MSGID = "ERR-50001"
+    CODE = 500
 
 
 class TransportError(IOError):

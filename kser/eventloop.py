@@ -6,6 +6,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any
 
+from kser import context
+
 __all__ = ["run"]
 
 _THREAD = "kser-event-loop"
@@ -18,14 +20,25 @@ def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """What ``coroutine`` returns; what it raises is raised here.
 
     May be called from any thread but the loop's own. The caller's context variables hold inside. Connections a task
-    keeps (HTTP sessions, database pools) may be shared by later tasks, because the loop stays the same.
+    keeps (HTTP sessions, database pools) may be shared by later tasks, because the loop stays the same. On a worker the
+    coroutine is cancelled when the task is over its timeout; concurrent.futures.CancelledError is raised then.
     """
     if threading.current_thread().name == _THREAD:
         coroutine.close()
         raise RuntimeError(
             "A task was executed from inside the code of an async task: await its coroutine instead of execute()"
         )
-    outcome, error = asyncio.run_coroutine_threadsafe(_guarded(coroutine), _running_loop()).result()
+    future = asyncio.run_coroutine_threadsafe(_guarded(coroutine), _running_loop())
+    control = context.current_control()
+    if control is not None:
+        control.cancel = future.cancel  # a coroutine, unlike a thread, can be ended at its next await
+        if control.aborted is not None:
+            future.cancel()
+    try:
+        outcome, error = future.result()
+    finally:
+        if control is not None:
+            control.cancel = None
     if error is not None:
         raise error
     return outcome

@@ -8,7 +8,8 @@ from kser.cli.errors import CommandFailed
 from kser.cli.options import TopicWithPartitions, example, format_option, log_level_option, option
 from kser.cli.output import write_json
 from kser.worker.shutdown import stopping_on_signals
-from kser.worker.topics import DEFAULT_PARTITIONS, group_topics
+from kser.worker.topic_findings import count
+from kser.worker.topic_plan import DEFAULT_PARTITIONS, TopicPlan
 
 __all__ = ["broker"]
 
@@ -29,7 +30,11 @@ _LOOK_EVERY_S = 0.5
     metavar="NAME:PARTITIONS",
     help=f"A topic to create; may be repeated. Without a number it gets {DEFAULT_PARTITIONS} partitions.",
 )
-@option("--group", metavar="NAME", help="Create the topics of this consumer group, too.")
+@option(
+    "--group",
+    metavar="NAME",
+    help="Create the topics of this consumer group, too, with as many partitions as they need.",
+)
 @format_option
 @log_level_option("warning")
 def broker(topics: tuple[tuple[str, int | None], ...], group: str | None, output: str) -> None:
@@ -40,25 +45,27 @@ def broker(topics: tuple[tuple[str, int | None], ...], group: str | None, output
     """
     from kser.confluent.embedded import EmbeddedBroker  # here: its package loads the Kafka client
 
-    wanted = {name: partitions or DEFAULT_PARTITIONS for name, partitions in topics}
-    for spec in group_topics(group) if group else []:
-        wanted.setdefault(spec.name, spec.partitions)
+    tasks = {name: partitions or DEFAULT_PARTITIONS for name, partitions in topics}
+    # Beside the task topics what matches their partitions: here nobody else can make it.
+    plan = TopicPlan(group=group, tasks=tasks) if group else None
+    wanted = {spec.name: spec.partitions for spec in plan.specs({})} if plan else tasks
     ended = threading.Event()
     with stopping_on_signals(ended.set), EmbeddedBroker(wanted) as running:
         if output == "json":
             write_json({"bootstrap_servers": running.bootstrap_servers, "topics": wanted})
         else:
-            _introduce(running.bootstrap_servers, wanted)
+            _introduce(running.bootstrap_servers, tasks, group)
         while not ended.wait(_LOOK_EVERY_S):
             if not running.alive:
                 raise CommandFailed(f"The broker on {running.bootstrap_servers} has ended; its topics are lost")
 
 
-def _introduce(address: str, topics: dict[str, int]) -> None:
-    named = ", ".join(f"{name} ({partitions} partitions)" for name, partitions in topics.items())
+def _introduce(address: str, tasks: dict[str, int], group: str | None) -> None:
+    named = [f"{name} ({count(partitions, 'partition')})" for name, partitions in tasks.items()]
+    named += [f"those of group {group}"] if group else []
     for line in (
         f"Kafka broker on {address}, in memory: at most 5 MB or 100,000 records a partition, gone with Ctrl-C",
-        f"Topics: {named or 'none yet'}; any other is made by its first use, with 4 partitions",
+        f"Topics: {', '.join(named) or 'none yet'}; any other is made by its first use, with 4 partitions",
         "In another terminal:",
         f"  export KSER_BOOTSTRAP_SERVERS={address}",
     ):

@@ -1,17 +1,16 @@
 """What the user did wrong, what failed, and how either is told: one line on stderr and an exit code."""
 
 import os
-import sysconfig
 import threading
 import traceback
-from pathlib import Path
 from types import FrameType
 
 import click
 
 from kser.errors import ConfigurationError, Error, ValidationError
+from kser.loading import where
 
-__all__ = ["FAILED", "MISUSE", "CommandFailed", "debugging", "explain", "interrupt", "where"]
+__all__ = ["FAILED", "MISUSE", "CommandFailed", "debugging", "explain", "interrupt"]
 
 #: Exit code of what was tried and did not work.
 FAILED = 1
@@ -31,11 +30,6 @@ def debugging() -> bool:
     return os.environ.get("KSER_DEBUG", "").lower() not in ("", "0", "false", "no")
 
 
-#: Where code that is not the user's lies: kser, the standard library, what was installed.
-_FOREIGN = (
-    Path(__file__).resolve().parent.parent,
-    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-)
 _interrupted = threading.Event()
 
 
@@ -73,30 +67,6 @@ def _told(exc: BaseException) -> tuple[str, int]:
         case Error():
             return str(exc.message), FAILED
     return f"{type(exc).__name__}: {exc} ({where(exc)}; KSER_DEBUG=1 shows the traceback)", FAILED
-
-
-def where(exc: BaseException) -> str:
-    """``file:line`` of ``exc``: the innermost line of the user's own code, else the innermost of all."""
-    if isinstance(exc, SyntaxError) and exc.filename:
-        return f"{_short(exc.filename)}:{exc.lineno}"
-    frames = traceback.extract_tb(exc.__traceback__)
-    own = [f for f in frames if _is_users(f.filename)]
-    found = (own or frames)[-1] if frames else None
-    return f"{_short(found.filename)}:{found.lineno}" if found is not None else "nowhere"
-
-
-def _is_users(filename: str) -> bool:
-    if filename.startswith("<"):
-        return False
-    path = Path(filename).resolve()
-    return not any(path.is_relative_to(folder) for folder in _FOREIGN)
-
-
-def _short(filename: str) -> str:
-    try:
-        return str(Path(filename).resolve().relative_to(Path.cwd()))
-    except (ValueError, OSError):
-        return filename
 
 
 def _sentence(text: str) -> str:

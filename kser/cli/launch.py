@@ -7,8 +7,7 @@ import click
 from kser import results
 from kser.cli import logs
 from kser.cli.connection import Connection
-from kser.cli.errors import CommandFailed, where
-from kser.cli.load import find_class, load
+from kser.cli.errors import CommandFailed
 from kser.cli.options import (
     example,
     format_option,
@@ -26,6 +25,7 @@ from kser.cli.watch import Deadline, watch
 from kser.entry import Entrypoint, wire_name
 from kser.errors import ConfigurationError, Error
 from kser.events import events_topic
+from kser.loading import find_class, load, where
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.operation import Operation

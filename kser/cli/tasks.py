@@ -5,10 +5,10 @@ from typing import Any
 
 import click
 
-from kser.cli.load import load, names_of
 from kser.cli.options import example, format_option, log_level_option, registry_argument
 from kser.cli.output import columns, write_json
 from kser.entry import Entrypoint
+from kser.loading import load, names_of
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
 from kser.sequencing.task import Task

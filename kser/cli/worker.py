@@ -8,7 +8,6 @@ import click
 
 from kser.cli.connection import Connection
 from kser.cli.errors import CommandFailed
-from kser.cli.load import load
 from kser.cli.options import (
     TopicWithPartitions,
     example,
@@ -19,6 +18,7 @@ from kser.cli.options import (
     registry_argument,
 )
 from kser.errors import ConfigurationError
+from kser.loading import load
 from kser.worker import Worker
 from kser.worker.shutdown import stopping_on_signals
 

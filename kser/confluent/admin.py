@@ -33,6 +33,9 @@ _QUESTION_S: Final = 1.0
 #: Seconds between two questions while there is no answer.
 _AGAIN_S: Final = 0.05
 
+#: The broker's own default of group.consumer.session.timeout.ms, for where it does not tell.
+_SESSION_MS: Final = 45_000
+
 _SILENCE: Final = ("_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE")
 
 _T = TypeVar("_T")
@@ -111,6 +114,17 @@ class ConfluentAdmin:
         """How many partitions a topic has, 0 when it does not exist."""
         found = self._look(topic, time.monotonic() + timeout_s)
         return len(found.partitions) if found is not None else 0
+
+    def session_timeout_s(self, group: str) -> float:
+        """After how long without a heartbeat the broker puts a member of this group out, under KIP-848."""
+        asked = ConfigResource(ConfigResource.Type.GROUP, group)
+        try:
+            with self._asking(f"Reading the settings of group {group}"):
+                answer = self._client.describe_configs([asked], request_timeout=_LOOK_S)[asked]
+            found = self._result(answer, f"Reading the settings of group {group}", time.monotonic() + _LOOK_S)
+            return float(found["consumer.session.timeout.ms"].value) / 1000
+        except (Error, KeyError, TypeError, ValueError):
+            return _SESSION_MS / 1000
 
     def touch(self, topics: Iterable[str]) -> None:
         """Ask about these so that a broker which makes topics when asked makes them, as the embedded one does."""

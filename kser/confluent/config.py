@@ -16,6 +16,7 @@ from kser.confluent.logs import ClientState, logger
 from kser.confluent.properties import ALIASES, CONSUMER, KNOWN, PRODUCER
 from kser.errors import ConfigurationError
 from kser.masking import MASK, looks_secret
+from kser.transport.groups import checked_member_id
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
@@ -90,6 +91,8 @@ _NOT_FOR_USERS: Final[dict[str, str]] = {
     "key.deserializer": "kser reads bytes itself",
     "value.deserializer": "kser reads bytes itself",
 }
+#: Values that librdkafka takes in capitals too, and that are compared here.
+_ANY_CASE: Final = frozenset({"acks", "auto.offset.reset", "group.protocol"})
 #: Python callables that confluent-kafka takes beside librdkafka's properties.
 _CALLBACKS: Final = frozenset({"error_cb", "stats_cb", "throttle_cb", "oauth_cb"})
 #: KIP-848 leaves these to the broker; librdkafka refuses them together with group.protocol=consumer.
@@ -187,14 +190,19 @@ def masked(config: Mapping[str, Any]) -> dict[str, Any]:
 # -- what each client gets ---------------------------------------------------------------------------------------------
 
 
-def consumer_config(user: Mapping[str, Any], group: str, *, kip848: bool = False) -> dict[str, Any]:
+def consumer_config(
+    user: Mapping[str, Any], group: str, *, kip848: bool = False, member_id: str | None = None
+) -> dict[str, Any]:
     """For a member of ``group``. Warns of what is overridden.
 
     Args:
         user: properties that went through checked().
         group: the consumer group; wins over ``group.id`` in ``user``.
         kip848: use the group protocol of KIP-848 unless the user chose one.
+        member_id: the name of a static member; wins over ``group.instance.id`` in ``user``.
     """
+    if member_id is not None:
+        user = {**user, "group.instance.id": checked_member_id(member_id)}
     _warn_overridden(user, "enable.auto.commit", unless=False, why="offsets are committed when the work is done")
     _warn_overridden(user, "isolation.level", unless="read_committed", why="aborted results must not be run")
     return _consumer(user, group, kip848=kip848)
@@ -208,17 +216,23 @@ def reader_config(user: Mapping[str, Any], group: str) -> dict[str, Any]:
     return config | _SOURCE_ALWAYS | {"group.id": group, "auto.offset.reset": "earliest", "enable.partition.eof": True}
 
 
-def producer_config(user: Mapping[str, Any], transactional_id: str | None = None) -> dict[str, Any]:
-    """For a producer: idempotent with all acknowledgements, unless the user wants less; always so in transactions."""
+def producer_config(
+    user: Mapping[str, Any], transactional_id: str | None = None, *, failures_only: bool = False
+) -> dict[str, Any]:
+    """For a producer: idempotent with all acknowledgements, unless the user wants less; always so in transactions.
+
+    With ``failures_only`` it calls an ``on_delivery`` only with an error.
+    """
+    only = {"delivery.report.only.error": True} if failures_only else {}
     if transactional_id is None:
         if _text(user.get("acks", "all")) == "0":
             logger.warning(
                 "Kafka property acks=0: what is sent counts as sent without a broker's word, and may be lost"
             )
-        return _plain_producer(user)
+        return _plain_producer(user) | only
     _warn_overridden(user, "acks", unless="all", why="transactions need it so")
     _warn_overridden(user, "enable.idempotence", unless=True, why="transactions need it so")
-    return _transactional_producer(user, transactional_id)
+    return _transactional_producer(user, transactional_id) | only
 
 
 def admin_config(user: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,6 +286,8 @@ def _named_once(user: Mapping[str, Any]) -> dict[str, Any]:
         config[name] = ",".join(str(v) for v in value) if isinstance(value, (list, tuple)) else value
         if name == "acks" and _text(value) == "-1":
             config[name] = "all"
+        if name in _ANY_CASE and isinstance(value, str):
+            config[name] = value.strip().lower()
         if callable(value) != (name in _CALLBACKS) and name not in _NOT_FOR_USERS:
             takes = "takes a function" if name in _CALLBACKS else "takes no function"
             raise ConfigurationError(f"Kafka property {given} {takes}, not {value!r}", extra={"property": given})

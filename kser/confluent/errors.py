@@ -64,8 +64,8 @@ _GROUP = frozenset(
 )
 #: Why a member is out of its group -> what that means; None for all others.
 _PUT_OUT: Final[dict[int | None, str]] = {
-    KafkaError.FENCED_INSTANCE_ID: "another process runs with the same group.instance.id: give each its own",
-    KafkaError.UNRELEASED_INSTANCE_ID: "another member has this group.instance.id until its session ends: try again",
+    KafkaError.FENCED_INSTANCE_ID: "another worker took over this name (group.instance.id): give each its own",
+    KafkaError.UNRELEASED_INSTANCE_ID: "another worker has this name (group.instance.id) until its session ends",
     None: "other members of the group have its partitions now",
 }
 _FENCED = frozenset({KafkaError._FENCED, KafkaError.PRODUCER_FENCED, KafkaError.INVALID_PRODUCER_EPOCH})

@@ -3,9 +3,11 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import count, islice, repeat
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -15,7 +17,7 @@ from kser.confluent.config import new_client
 from kser.confluent.errors import is_fatal, kafka_error, kafka_errors, too_large, translate
 from kser.confluent.logs import ClientState, logger
 from kser.confluent.source import ConfluentMember, to_offsets
-from kser.errors import Error, FencedError, GroupError, TransportError
+from kser.errors import DeliveryError, Error, FencedError, GroupError, TransportError, ValidationError
 from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
 
 __all__ = ["ConfluentSink"]
@@ -34,6 +36,14 @@ _BEFORE_ABORT_S: Final = 5.0
 _DESTROY_S: Final = 5.0
 #: How long the first record of a sink may wait for the client to find the brokers.
 _MEETING_S: Final = 0.1
+#: Longest single wait of deliver(): after each it looks whether the brokers refuse this client.
+_LOOK_S: Final = 1.0
+#: How long what deliver() gave up may take to come back out of the client.
+_GIVE_UP_S: Final = 5.0
+#: A broker refuses a whole batch of records with these, for one that is in it.
+_OF_A_BATCH: Final = frozenset({"MSG_SIZE_TOO_LARGE", "RECORD_LIST_TOO_LARGE", "INVALID_RECORD", "INVALID_TIMESTAMP"})
+#: What confluent-kafka raises for something that is no record.
+_MALFORMED: Final = (TypeError, ValueError, OverflowError)
 _PURGED: Final = frozenset({KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT})
 #: The broker and an idempotent producer do not agree on where the producer is.
 _SEQUENCE: Final = frozenset(
@@ -46,6 +56,10 @@ _SEQUENCE: Final = frozenset(
 )
 
 
+# The last transaction of a sink that was fenced cannot be aborted, and nobody has to be told so on stderr.
+warnings.filterwarnings("ignore", "Producer abort_transaction failed during close", RuntimeWarning)
+
+
 class ConfluentSink:
     """Writes records. Implements kser.transport.Sink, whose docstrings say what each method does.
 
@@ -56,7 +70,8 @@ class ConfluentSink:
     and ``fatal`` (True: this sink is of no more use; close it and make one of the same transactional id).
 
     Args:
-        config: of producer_config(): librdkafka properties, with ``transactional.id`` for transactions.
+        config: of producer_config(): librdkafka properties, with ``transactional.id`` for transactions and
+            ``delivery.report.only.error`` for callbacks of failures only.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -65,6 +80,7 @@ class ConfluentSink:
         self._state = ClientState(self._name, str(config["bootstrap.servers"]))
         self._config = dict(config)
         self._limit = int(config.get("message.max.bytes", 1_000_000))
+        self._transaction_s = float(config.get("transaction.timeout.ms", 60_000)) / 1000
         #: Deliveries that failed and had no on_delivery to tell.
         self.failed = 0
         self._lock = threading.Lock()
@@ -84,6 +100,8 @@ class ConfluentSink:
         self._dead: Error | None = None
         #: The first delivery that failed since begin().
         self._failure: Error | None = None
+        #: Records that produce_all() handed over since begin().
+        self._handed = 0
 
     # -- records -------------------------------------------------------------------------------------------------------
 
@@ -112,6 +130,42 @@ class ConfluentSink:
                     raise self._refused(error, record) from exc
                 producer = self._client()
 
+    def produce_all(self, records: Sequence[OutRecord]) -> None:
+        """See Sink."""
+        producer, at, give_up_at = self._client(), 0, 0.0
+        handed = self._handed
+        while (
+            stop := self._hand_over(producer, records, at, map(partial, repeat(self._counted), count(handed + at)))
+        ) is not None:
+            if stop[0] > at:
+                at, give_up_at = stop[0], 0.0
+            try:
+                if isinstance(stop[1], BufferError):
+                    give_up_at = give_up_at or time.monotonic() + _ROOM_S
+                    self._wait_for_room(producer, give_up_at)
+                else:
+                    producer = self._replaced(producer, stop[1], records[at])
+            except Error as failure:
+                failure.extra["index"] = at
+                self._handed = handed + at
+                raise
+        self._handed = handed + len(records)
+
+    def deliver(self, records: Sequence[OutRecord], timeout_s: float = 30) -> list[tuple[int, Error]]:
+        """See Sink."""
+        if self._id is not None or self._inside_callback:
+            where = f"of {self._name}" if self._id else "inside an on_delivery"
+            raise TransportError(f"deliver() {where}: it is for sinks without transactions, outside their callbacks")
+        end = time.monotonic() + timeout_s
+        failures = self._deliver_until(end, records)
+        doubtful = [at for at in sorted(failures) if failures[at].extra.get("kafka_error") in _OF_A_BATCH]
+        if len(doubtful) > 1:  # each alone gets its own verdict
+            for at in doubtful:
+                del failures[at]
+                if alone := self._deliver_until(end, [records[at]]):
+                    failures[at] = alone[0]
+        return sorted(failures.items(), key=lambda failure: failure[0])
+
     def poll(self, timeout_s: float) -> int:
         """See Sink."""
         producer = self._client()
@@ -139,7 +193,7 @@ class ConfluentSink:
             if producer is None:
                 return
             end = time.monotonic() + timeout_s
-            if self._open:
+            if self._open and self._dead is None:
                 self._abort_at_last(timeout_s / 2)
             self._producer = None
         self._serve(producer, lambda: producer.flush(max(end - time.monotonic(), 0)))
@@ -157,7 +211,7 @@ class ConfluentSink:
         if not self._initialised:
             self._initialise(producer)
         self._transaction_call(f"Beginning a transaction of {self._id}", producer.begin_transaction)
-        self._open, self._offsets_missing, self._failure = True, False, None
+        self._open, self._offsets_missing, self._failure, self._handed = True, False, None, 0
 
     def send_offsets(self, positions: Sequence[Position], member: GroupMember) -> None:
         """See Sink.
@@ -216,9 +270,11 @@ class ConfluentSink:
         self._serve(producer, lambda: producer.flush(min(_BEFORE_ABORT_S, timeout_s / 2)))
         while True:
             left = max(end - time.monotonic(), 1)
+            # No limit is that of the transaction, the one that librdkafka wants; close() may not have that much time.
+            limit = (left,) if left < self._transaction_s else ()
             try:
                 self._transaction_call(
-                    f"Aborting the transaction of {self._id}", partial(producer.abort_transaction, left)
+                    f"Aborting the transaction of {self._id}", partial(producer.abort_transaction, *limit)
                 )
                 break
             except TransportError as exc:
@@ -230,6 +286,7 @@ class ConfluentSink:
 
     def _deliver(self, on_delivery: DeliveryCallback, error: KafkaError | None, message: Message) -> None:
         try:
+            _clear_pending()
             if error is None:
                 self._confirmed = True
                 on_delivery(None)
@@ -246,10 +303,28 @@ class ConfluentSink:
             self._confirmed = True
             return
         try:
+            _clear_pending()
             failure = self._undelivered(error, message)
             self.failed += 1
             if self._id is None:  # else commit() tells
                 self._state.quiet.log(logging.ERROR, "%s [%s] %s", error.name(), self._name, failure.message)
+        except BaseException as exc:  # noqa: BLE001 - as above
+            self._escaped = exc
+
+    def _counted(self, index: int, error: KafkaError | None, message: Message) -> None:
+        """For a record of produce_all(): the ``index``-th since begin()."""
+        first = self._failure is None
+        self._unclaimed(error, message)
+        if first and self._failure is not None:
+            self._failure.extra["index"] = index
+
+    def _note(self, failures: dict[int, Error], index: int, error: KafkaError | None, message: Message) -> None:
+        """For a record of deliver()."""
+        if error is None:
+            return
+        try:
+            _clear_pending()
+            failures[index] = self._undelivered(error, message)
         except BaseException as exc:  # noqa: BLE001 - as above
             self._escaped = exc
 
@@ -260,6 +335,8 @@ class ConfluentSink:
         failure = too_large(error, what, size, self._limit, topic=topic)
         if failure is None and error.code() in _PURGED and self._reason is not None:
             failure = self._reason
+        if failure is None and error.code() in _PURGED:
+            failure = _given_up(topic, error.name())
         if failure is None:
             failure = translate(error, f"Delivering a record to topic {topic}", topic=topic)
         if self._id is None and (isinstance(failure, FencedError) or error.code() in _SEQUENCE):
@@ -301,7 +378,9 @@ class ConfluentSink:
         try:
             with self._serving():
                 served = call()
-        except KafkaException as exc:  # the client broke for good; the next produce() or begin() tells, or renews it
+        except (KafkaException, SystemError) as exc:
+            # The client broke for good; the next produce() or begin() tells, or renews it. SystemError: what
+            # confluent-kafka 2.16 makes of a fatal error that it meets in flush().
             logger.warning("The %s: %s", self._name, exc)
             served = 0
         if self._confirmed:
@@ -320,6 +399,85 @@ class ConfluentSink:
         if self._escaped is not None:
             escaped, self._escaped = self._escaped, None
             raise escaped
+
+    def _hand_over(
+        self, producer: Producer, records: Sequence[OutRecord], start: int, callbacks: Iterable[Callable[..., None]]
+    ) -> tuple[int, Exception] | None:
+        """Hand over the records from ``start`` on. None, or the one that the client does not take, and what it said."""
+        produce, at = producer.produce, start
+        try:
+            for at, (topic, key, value, headers, partition), told in zip(  # noqa: B007 - the except needs it
+                count(start), islice(records, start, None), callbacks, strict=False
+            ):
+                number = -1 if partition is None else partition
+                produce(topic, value, key, number, told, None, 0, list(headers) if headers else None)
+        except (BufferError, KafkaException, RuntimeError, *_MALFORMED) as exc:
+            return at, exc
+        return None
+
+    def _replaced(self, producer: Producer, exc: Exception, record: OutRecord) -> Producer:
+        """The client to go on with when ``producer`` itself is the reason that it takes no record any more.
+
+        Raises what is wrong with the record when it is that, TransportError when this sink is closed.
+        """
+        error = kafka_error(exc)
+        current = self._client()
+        if current is not producer:
+            return current
+        if error is not None:
+            if is_fatal(error) and self._id is None and self._renew(producer):
+                return self._client()
+            raise self._refused(error, record) from exc
+        if isinstance(exc, _MALFORMED):
+            raise ValidationError(f"A record for topic {record.topic!r} cannot be written: {exc}") from exc
+        raise TransportError(f"Writing to topic {record.topic} failed: {exc}") from exc
+
+    def _deliver_until(self, end: float, records: Sequence[OutRecord]) -> dict[int, Error]:
+        """Write records and wait for them until ``end``, a time.monotonic(). The failures, by index."""
+        producer, at, stop = self._client(), 0, None
+        failures: dict[int, Error] = {}
+        told = partial(self._note, failures)
+
+        def give_up(indexes: range, why: str) -> None:
+            failures.update({n: _given_up(records[n].topic, why) for n in indexes if n not in failures})
+
+        if not self._met and records:
+            self._meet(producer, records[0].topic)
+        while (stop := self._hand_over(producer, records, at, map(partial, repeat(told), count(at)))) is not None:
+            at = stop[0]
+            if isinstance(stop[1], BufferError):
+                if time.monotonic() >= end:
+                    give_up(range(at, len(records)), "_PURGE_QUEUE")
+                    break
+                self._serve(producer, partial(producer.poll, _MEETING_S))
+                continue
+            try:
+                renewed = self._replaced(producer, stop[1], records[at])
+            except Error as failure:
+                self._client()  # raises when the sink is closed
+                failures[at] = failure
+                at += 1
+            else:  # what the old one had is told by now, or lost
+                give_up(range(at), "_PURGE_INFLIGHT")
+                producer = renewed
+        if not self._settled(producer, end):
+            producer.purge()  # what is in flight too: the next call would wait for it
+            if not self._settled(producer, time.monotonic() + _GIVE_UP_S):
+                give_up(range(len(records)), "_PURGE_INFLIGHT")
+        if len(failures) < len(records):
+            self._state.up()
+        return failures
+
+    def _settled(self, producer: Producer, end: float) -> bool:
+        """Wait until nothing is open in the client; False when something still is at ``end``."""
+        while True:
+            left = max(end - time.monotonic(), 0)
+            with kafka_errors(f"Waiting for the {self._name}"):  # another thread closes it
+                self._serve(producer, partial(producer.flush, min(left, _LOOK_S)))
+                if not len(producer):
+                    return True
+            if not left:
+                return False
 
     def _wait_for_room(self, producer: Producer, give_up_at: float) -> None:
         if self._inside_callback or time.monotonic() >= give_up_at:
@@ -363,14 +521,18 @@ class ConfluentSink:
     def _transaction_call(self, doing: str, call: Callable[[], Any]) -> None:
         try:
             with self._serving():
-                call()
-        except (KafkaException, RuntimeError) as exc:
+                try:
+                    call()
+                except SystemError:
+                    call()  # confluent-kafka lost the exception of a fatal error: the same call tells it again
+        except (KafkaException, RuntimeError, SystemError) as exc:
             error = kafka_error(exc)
             if error is None:
                 raise TransportError(f"{doing} failed: {exc}") from exc
             failure = translate(error, doing, strict=True, abort=error.txn_requires_abort(), fatal=is_fatal(error))
             if error.txn_requires_abort() and self._failure is not None:
                 failure.message = f"{failure.message}; the first record failed so: {self._failure.message}"
+                failure.extra["record"] = self._failure
             if is_fatal(error):
                 self._dead = failure
             raise failure from exc
@@ -414,3 +576,31 @@ class ConfluentSink:
         except (KafkaException, RuntimeError, RuntimeWarning, SystemError) as exc:
             # SystemError: what confluent-kafka 2.16 makes of a fatal error that it meets in close()
             logger.warning("Closing the %s: %s", self._name, exc)
+
+
+class _Cleared(Exception):  # noqa: N818 - no error: it is raised to be caught
+    """Takes the place of an exception that confluent-kafka left behind."""
+
+
+_CLEARED: Final = _Cleared()
+
+
+def _clear_pending() -> None:
+    """First of all in a callback: nothing that was raised outside of it comes out inside of it.
+
+    After a fatal error confluent-kafka 2.16 calls the callbacks that are left with its exception set in the thread, and
+    any call of C code in there might end in a SystemError because of it. Raising another one replaces it.
+    """
+    try:
+        raise _CLEARED
+    except _Cleared as exc:
+        exc.__traceback__ = None
+
+
+def _given_up(topic: str, kafka_error: str) -> DeliveryError:
+    stored = "; it may have been stored even so" if kafka_error == "_PURGE_INFLIGHT" else ""
+    return DeliveryError(
+        f"A record for topic {topic} was given up before a broker confirmed it{stored}; is the broker reachable?",
+        retriable=True,
+        extra={"topic": topic, "kafka_error": kafka_error},
+    )

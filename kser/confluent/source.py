@@ -1,7 +1,9 @@
 """ConfluentSource: one member of a consumer group on confluent-kafka."""
 
 import logging
+import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,7 +24,7 @@ from kser.confluent.config import Start, is_incremental, new_client
 from kser.confluent.errors import LOST, is_fatal, kafka_error, kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState, logger
 from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError, ValidationError
-from kser.transport import GroupMember, Partition, Position, RebalanceListener, Record
+from kser.transport import DeliveryCallback, GroupMember, Partition, Position, RebalanceListener, Record
 
 __all__ = ["ConfluentMember", "ConfluentSource", "to_offsets"]
 
@@ -33,8 +35,17 @@ _METADATA_BYTES: Final = 4095
 _AGAIN_S: Final = 0.1
 #: Longest single question to the coordinator, so that the next one can go to another broker.
 _QUESTION_S: Final = 5.0
-#: First bytes of the group metadata of a member that has not joined: no generation.
-_NOT_JOINED: Final = b"CGMDv2:\xff\xff\xff\xff"
+#: A name that a dead member still holds: seconds between two tries to get it, and between two lines in the log.
+_NAME_AGAIN_S: Final = 1.0
+_NAME_LOG_S: Final = 10.0
+#: For how many session timeouts it is waited for.
+_NAME_SESSIONS: Final = 3
+#: How long the client of such a try may take to end.
+_NAME_CLOSE_S: Final = 2.0
+#: How group metadata begins: its mark, then the generation (KIP-848: the member epoch) in the machine's byte order.
+#: Source: rd_kafka_consumer_group_metadata_write() of librdkafka.
+_METADATA_MARK: Final = b"CGMDv2:"
+_GENERATION: Final = struct.Struct("=i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,17 @@ class ConfluentMember:
     joined: bool
     #: What it owned at that moment: brokers check the member, not whose the partition is.
     owned: frozenset[tuple[str, int]] = frozenset()
+
+
+@dataclass(slots=True)
+class _Held:
+    """How it is waited for a name that another member has. Times are those of time.monotonic()."""
+
+    for_s: float
+    until: float = 0.0
+    #: When to try to join again; None while a try is under way.
+    again_at: float | None = None
+    log_at: float = 0.0
 
 
 def to_offsets(positions: Sequence[Position]) -> list[TopicPartition]:
@@ -87,9 +109,17 @@ class ConfluentSource:
         self._touch = touch
         self._incremental = is_incremental(config)
         self._state = ClientState(f"consumer of group {self.group}", str(config["bootstrap.servers"]))
+        self._config = dict(config)
+        #: The name of a static member.
+        self._name: str | None = config.get("group.instance.id")
+        self._topics: list[str] = []
+        #: Set while another member holds that name.
+        self._held: _Held | None = None
         # A callback may hold up its rebalance for this long; after twice that the group goes on without this member.
         self._rebalance_s = float(config.get("max.poll.interval.ms", 300_000)) / 2000
-        self._consumer = new_client(Consumer, config, self._state)
+        #: Told by _on_commit(), in the order of the requests.
+        self._committing: deque[DeliveryCallback] = deque()
+        self._consumer = new_client(Consumer, {**config, "on_commit": self._on_commit}, self._state)
         self._aside = Aside()
         self._listener: RebalanceListener | None = None
         #: Partitions owned, and the lowest offset that may still be given of each; negative is a librdkafka mark.
@@ -118,10 +148,22 @@ class ConfluentSource:
         if self._touch:
             self._admin.touch([topic for topic in topics if not topic.startswith("^")])
         self._listener = listener
-        with kafka_errors(f"Subscribing group {self.group} to {', '.join(topics)}"):
+        self._topics = list(topics)
+        self._subscribe()
+
+    def _subscribe(self) -> None:
+        with kafka_errors(f"Subscribing group {self.group} to {', '.join(self._topics)}"):
             self._consumer.subscribe(
-                list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
             )
+
+    @property
+    def joined(self) -> bool:
+        """See Source. False again once the group put this member out, until it is back."""
+        try:
+            return not self._closed and self._dead is None and self._membership()[1]
+        except TransportError:
+            return False
 
     def assignment(self) -> list[Partition]:
         """See Source."""
@@ -170,6 +212,10 @@ class ConfluentSource:
         end = time.monotonic() + timeout_s
         left = max(timeout_s, 0.0)
         while True:
+            if self._held is not None:
+                if not self._try_again(self._held, left):
+                    return []
+                left = max(end - time.monotonic(), 0.0)
             self._rewind = True  # until everything fetched below has reached the caller
             messages = self._fetch(left, max_records)
             records = self._records(messages) if messages else []
@@ -255,13 +301,63 @@ class ConfluentSource:
                 self._lost[key] = lost
             return
         failure = translate(error, f"Reading {where}")
-        if is_fatal(error):
+        if self._name and failure.extra.get("kafka_error") == "UNRELEASED_INSTANCE_ID":
+            self._on_lost(self._consumer, [])
+            self._wait_for_name(self._name)
+        elif is_fatal(error):
             self._dead = failure
             self._on_lost(self._consumer, [])
         elif isinstance(failure, ConfigurationError):
             self._failure = self._failure or failure
         else:
             self._state.quiet.log(logging.WARNING, "%s [%s] %s", error.name(), where, error.str())
+
+    # -- the name of a static member, which with KIP-848 a dead one holds until its session ends -----------------------
+
+    def _wait_for_name(self, name: str) -> None:
+        now = time.monotonic()
+        if self._held is None:
+            self._held = _Held(_NAME_SESSIONS * self._admin.session_timeout_s(self.group))
+            self._held.until = now + self._held.for_s
+        held = self._held
+        if now >= held.until:
+            self._dead = GroupError(
+                f"Another worker that is alive has the name {name} (group.instance.id) in group {self.group}: it kept "
+                f"it for {held.for_s:.0f} s, {_NAME_SESSIONS} session timeouts; give each worker a name of its own"
+            )
+            return
+        held.again_at = now + _NAME_AGAIN_S
+        if now >= held.log_at:
+            held.log_at = now + _NAME_LOG_S
+            logger.warning(
+                "The name %s in group %s is held by another worker, dead or alive: waiting up to %.0f s for its "
+                "session to end",
+                name,
+                self.group,
+                held.until - now,
+            )
+
+    def _try_again(self, held: "_Held", timeout_s: float) -> bool:
+        """Join with a new client when it is time to; False when that is not within ``timeout_s``."""
+        if held.again_at is None:
+            if self._membership()[1]:
+                self._held = None
+            return True
+        wait_s = max(held.again_at - time.monotonic(), 0.0)
+        time.sleep(min(wait_s, timeout_s))
+        if wait_s > timeout_s:
+            return False
+        held.again_at = None
+        refused, self._consumer = (
+            self._consumer,
+            new_client(Consumer, {**self._config, "on_commit": self._on_commit}, self._state),
+        )
+        try:
+            Aside().call(refused.close, _NAME_CLOSE_S)
+        except (TimeoutError, KafkaException, RuntimeError) as exc:
+            logger.info("Closing a consumer of group %s that did not join: %s", self.group, exc)
+        self._subscribe()
+        return True
 
     # -- positions -----------------------------------------------------------------------------------------------------
 
@@ -352,6 +448,28 @@ class ConfluentSource:
             failures.sort(key=lambda failure: not isinstance(failure[1], GroupError))
             failures[0][1].extra["partitions"] = [(t.topic, t.partition) for t, _ in failures]
             raise failures[0][1]
+
+    def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
+        """See Source."""
+        self._check_open()
+        owned = [p for p in positions if (p.topic, p.partition) in self._next and p.offset >= 0]
+        if not owned:
+            on_stored(None)
+            return
+        with kafka_errors(f"Committing offsets of group {self.group}"):
+            self._consumer.commit(offsets=to_offsets(owned), asynchronous=True)
+        self._committing.append(on_stored)
+
+    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
+        """Called by the client inside poll(); nothing may be raised."""
+        if not self._committing:
+            return
+        on_stored = self._committing.popleft()
+        error = error or next((t.error for t in partitions if t.error is not None), None)
+        try:
+            on_stored(None if error is None else translate(error, f"Committing offsets of group {self.group}"))
+        except Exception:  # noqa: BLE001 - the caller's code
+            logger.exception("on_stored %r raised", on_stored)
 
     def watermarks(self, partition: Partition, timeout_s: float = 10) -> tuple[int, int]:
         """See Source. While a transaction is open in the partition, the second is the offset of its first record."""
@@ -481,7 +599,10 @@ class ConfluentSource:
         with kafka_errors(f"Asking for the membership of group {self.group}"):
             metadata = self._consumer.consumer_group_metadata()
             joined = bool(self._consumer.memberid())
-        return metadata, joined and not (isinstance(metadata, bytes) and metadata.startswith(_NOT_JOINED))
+        if isinstance(metadata, bytes) and metadata.startswith(_METADATA_MARK):
+            # It is -1 before the first join, and 0 for one that KIP-848 has put out and that comes again.
+            joined = joined and _GENERATION.unpack_from(metadata, len(_METADATA_MARK))[0] > 0
+        return metadata, joined
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         keys = [key for t in partitions if (key := (t.topic, t.partition)) in self._next]

@@ -30,15 +30,15 @@ class ConfluentTransport:
         self._user = checked(config)
         self._admin = ConfluentAdmin(self._user)
 
-    def source(self, group: str) -> ConfluentSource:
+    def source(self, group: str, *, member_id: str | None = None) -> ConfluentSource:
         """See Transport. On the embedded broker groups use the protocol of KIP-848, which is much quicker there."""
         embedded = self._is_embedded()
-        config = consumer_config(self._user, group, kip848=embedded)
+        config = consumer_config(self._user, group, kip848=embedded, member_id=member_id)
         return ConfluentSource(config, self._admin, start=new_group_start(self._user), touch=embedded)
 
-    def sink(self, transactional_id: str | None = None) -> ConfluentSink:
+    def sink(self, transactional_id: str | None = None, *, failures_only: bool = False) -> ConfluentSink:
         """See Transport. Never fails because a broker is down."""
-        return ConfluentSink(producer_config(self._user, transactional_id))
+        return ConfluentSink(producer_config(self._user, transactional_id, failures_only=failures_only))
 
     def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> ConfluentReader:
         """See Transport. Raises TransportError when no broker answers within 10 s."""

@@ -1,7 +1,7 @@
 """OperationRegistry: where tasks and operations are subscribed."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kser.controller import Controller
@@ -69,6 +69,9 @@ class OperationRegistry:
         name: str | None = None,
         aliases: Iterable[str] = (),
         topic: str | None = None,
+        timeout: float | None = None,
+        limit: int | None = None,
+        isolate: bool | None = None,
     ) -> Any:
         """Class decorator: route messages that name this class to it. Gives the class itself.
 
@@ -77,15 +80,19 @@ class OperationRegistry:
             name: its name in messages, instead of ``module.Class``.
             aliases: further names it answers to, for example the one it had before it was moved.
             topic: topic of its messages.
+            timeout: seconds one execution may take on a worker.
+            limit: how many of it a worker runs side by side.
+            isolate: True to run it in a child process of the worker.
 
         Subscribing the same class again changes nothing. Raises ValidationError for anything that is no Entrypoint
-        class, and for a name another class has already.
+        class, and for a name another class has already; ConfigurationError for an option that cannot be.
         """
+        options = _options(topic, timeout, limit, isolate)
         if callback is None:
-            return lambda decorated: self._subscribe(decorated, name, aliases, topic)
-        return self._subscribe(callback, name, aliases, topic)
+            return lambda decorated: self._subscribe(decorated, name, aliases, options)
+        return self._subscribe(callback, name, aliases, options)
 
-    def _subscribe(self, cls: Any, name: str | None, aliases: Iterable[str], topic: str | None) -> Any:
+    def _subscribe(self, cls: Any, name: str | None, aliases: Iterable[str], options: Mapping[str, Any]) -> Any:
         Controller.check(getattr(cls, "__name__", repr(cls)), cls)
         if isinstance(aliases, str):
             raise ConfigurationError(f"aliases={aliases!r} is one text: give a list of names", extra={"name": aliases})
@@ -103,8 +110,8 @@ class OperationRegistry:
             cls.WIRE_NAME = name
         if issubclass(cls, Task):
             cls._home = self
-            if topic:
-                cls.topic = topic
+        for option, value in options.items():
+            setattr(cls, option, value)
         if known is None:
             logger.info("Operation registry: loaded %s", path)
             self.controller.register(path, cls)
@@ -120,6 +127,9 @@ class OperationRegistry:
         name: str | None = None,
         aliases: Iterable[str] = (),
         topic: str | None = None,
+        timeout: float | None = None,
+        limit: int | None = None,
+        isolate: bool | None = None,
     ) -> Any:
         """Decorator: make a Task class of a plain function of its params, and subscribe it. Gives the class.
 
@@ -129,13 +139,24 @@ class OperationRegistry:
 
         Args: as for subscribe().
         """
+        options = _options(topic, timeout, limit, isolate)
         if function is None:
-            return lambda decorated: self._subscribe(function_task(decorated), name, aliases, topic)
-        return self._subscribe(function_task(function), name, aliases, topic)
+            return lambda decorated: self._subscribe(function_task(decorated), name, aliases, options)
+        return self._subscribe(function_task(function), name, aliases, options)
 
     def tasks(self) -> dict[str, type[Entrypoint]]:
         """Name in messages -> class, of everything subscribed."""
         return dict(self.controller.ENTRYPOINTS)
+
+
+def _options(topic: str | None, timeout: float | None, limit: int | None, isolate: bool | None) -> dict[str, Any]:
+    """The class attributes that these keywords set. Raises ConfigurationError."""
+    if timeout is not None and not timeout > 0:
+        raise ConfigurationError(f"timeout={timeout!r}: give more than 0 seconds, or None for no limit")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ConfigurationError(f"limit={limit!r}: give a whole number from 1, or None for no limit")
+    given = {"topic": topic or None, "timeout": timeout, "limit": limit, "isolate": isolate}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _same_source(one: type, other: type) -> bool:

@@ -16,6 +16,7 @@ from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, End, Entry, Frame, Itinerary
 from kser.sequencing.operation import Operation, name_failed_task
+from kser.sequencing.plain_step import next_step
 from kser.sequencing.task import Task, UnregisteredTask
 from kser.status import Status
 
@@ -81,6 +82,38 @@ class Sequencer:
     def __init__(self, controller: Controller | type[Controller], limit: int = MAX_MESSAGE_BYTES) -> None:
         self.controller = controller
         self.limit = limit
+
+    def plain_step(
+        self, task: Task, result: Result, data: dict[str, Any], topic: str, *, events: bool
+    ) -> Consequences | None:
+        """task_ended() for a success with a plain itinerary and a plain next task, or None where it is not that."""
+        if events and data.get("new"):
+            return None
+        following = next_step(data, topic)
+        if following is None:
+            return None
+        target, key, uuid, entrypoint, params, metadata = following
+        try:
+            message = self._outgoing(Message(uuid, entrypoint, params, result, metadata), target, key)
+        except ValidationError:
+            return None
+        out = Consequences([message])
+        if events:
+            ops = data["ops"]
+            out.events.append(
+                Event(
+                    EventType.STEP_DONE,
+                    task.uuid,
+                    task.path,
+                    ops[0]["uuid"],
+                    ops[-1]["uuid"],
+                    data["run"],
+                    data["position"],
+                    Status.SUCCESS,
+                    result,
+                )
+            )
+        return out
 
     # -- the three things a worker meets -----------------------------------------------------------------------------
 

@@ -130,6 +130,13 @@ class Source(Protocol):
             TransportError: the client cannot go on.
         """
 
+    @property
+    def joined(self) -> bool:
+        """Whether the group has taken this member in, even when it has no partition for it. Never raises.
+
+        It stays False for good where the broker does not know the group protocol: Kafka tells no error then.
+        """
+
     def assignment(self) -> list[Partition]:
         """The partitions this member owns now."""
 
@@ -156,6 +163,13 @@ class Source(Protocol):
             TransportError: it is not known whether they were stored.
         """
 
+    def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
+        """Ask for these positions to be stored, and return at once. ``on_stored`` tells, from poll() or commit().
+
+        Positions that are not owned any more are left out. For positions that may be stored late or not at all: what
+        has to be stored before a partition goes, commit() stores.
+        """
+
     def watermarks(self, partition: Partition, timeout_s: float = 10) -> tuple[int, int]:
         """The first offset there is, and the one the next record will get."""
 
@@ -169,7 +183,13 @@ class Source(Protocol):
 class Sink(Protocol):
     """Writes records. May be shared by threads, but a transaction belongs to one thread at a time.
 
-    A Sink made with a transactional id writes in transactions only; without one it has no transactions.
+    A Sink made with a transactional id writes in transactions only; without one it has no transactions. One made with
+    ``failures_only`` calls an ``on_delivery`` only with an error; what has not failed when flush() gives 0 is stored.
+
+    Errors of a transaction's calls have in ``extra``, where it is so: ``abort`` True: nothing is stored, call abort(),
+    then begin(); ``fatal`` True: this sink is of no more use, close it and make one of the same transactional id;
+    ``record``: the Error of the first record that could not be delivered, with ``extra["index"]`` when it came by
+    produce_all(), counted over all those calls since begin().
     """
 
     def produce(self, record: OutRecord, on_delivery: DeliveryCallback | None = None) -> None:
@@ -180,6 +200,29 @@ class Sink(Protocol):
         Raises:
             MessageTooLargeError: the client refuses its size.
             TransportError: the client cannot take it.
+        """
+
+    def produce_all(self, records: Sequence[OutRecord]) -> None:
+        """Hand over all of these, in this order, as produce() without on_delivery would, but quicker.
+
+        For transactions: commit() tells of those that could not be delivered. Waits for room when the buffer is full.
+
+        Raises:
+            MessageTooLargeError: the client refuses the size of one.
+            ValidationError: one is no record that can be written.
+            TransportError: the client cannot take one.
+
+        Each has ``extra["index"]``, which one it was; those before it were handed over, those behind it were not.
+        """
+
+    def deliver(self, records: Sequence[OutRecord], timeout_s: float = 30) -> list[tuple[int, Error]]:
+        """Write all of these, in this order, and wait until each one is confirmed or failed.
+
+        Gives the failures, by index and in that order: [] when all are stored. What is not confirmed after
+        ``timeout_s`` is given up, together with what else this sink still has to write, and is a DeliveryError here:
+        it may have been stored even so. Not for transactions, nor for calls inside an on_delivery.
+
+        Raises TransportError only when the sink is closed or has a transactional id, never because of a record.
         """
 
     def poll(self, timeout_s: float) -> int:
@@ -205,6 +248,8 @@ class Sink(Protocol):
 
         Raises:
             FencedError: another producer has this transactional id now. Nothing of the transaction is visible.
+            Error: with ``extra["abort"]`` True when only abort() is left; ``extra["record"]`` is then the Error of the
+                first record that was refused, if that is why.
             TransportError: it is not known what became of it, unless ``retriable``: then call commit() again.
         """
 
@@ -270,11 +315,20 @@ class TopicAdmin(Protocol):
 class Transport(Protocol):
     """One broker, and the things that talk to it."""
 
-    def source(self, group: str) -> Source:
-        """A new member of this consumer group; it joins with subscribe()."""
+    def source(self, group: str, *, member_id: str | None = None) -> Source:
+        """A new member of this consumer group; it joins with subscribe().
 
-    def sink(self, transactional_id: str | None = None) -> Sink:
-        """A new writer."""
+        Args:
+            group: the consumer group.
+            member_id: makes it a static member, which keeps its partitions while it is away for less than the session
+                timeout: nothing moves when it closes and one of the same name comes again. Of two that are there at a
+                time one gets a GroupError from poll() that says so: on Kafka's classic protocol and in memory the one
+                that was there first; with KIP-848 the newcomer, after having waited for the session of a dead
+                predecessor to end.
+        """
+
+    def sink(self, transactional_id: str | None = None, *, failures_only: bool = False) -> Sink:
+        """A new writer. With ``failures_only`` deliver() and produce_all() are quicker: see Sink."""
 
     def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> Reader:
         """A new reader of these topics. "end": only what is written after this call returned."""

@@ -8,12 +8,24 @@ from dataclasses import dataclass
 from kser.errors import ConfigurationError, GroupError, ValidationError
 from kser.transport import Partition, Position
 
-__all__ = ["Group", "Member", "Membership", "Subscription", "assign", "to_store"]
+__all__ = ["Group", "Member", "Membership", "Subscription", "assign", "checked_member_id", "to_store"]
 
 logger = logging.getLogger(__name__)
 
+#: What Kafka takes as the name of a static member, as of a topic.
+_MEMBER_ID = re.compile(r"(?!\.{1,2}$)[a-zA-Z0-9._-]{1,249}$")
+
 #: Most that can be stored beside an offset: see Position.metadata.
 _METADATA_BYTES = 4095
+
+
+def checked_member_id(member_id: str) -> str:
+    """The name of a static member as it is. Raises ConfigurationError for one that Kafka does not take."""
+    if not isinstance(member_id, str) or not _MEMBER_ID.match(member_id):
+        raise ConfigurationError(
+            f"{member_id!r} cannot be the name of a member: use 1 to 249 of the letters a-z, A-Z, 0-9, '.', '_' and '-'"
+        )
+    return member_id
 
 
 class Subscription:
@@ -35,13 +47,28 @@ class Subscription:
 class Member:
     """One member of a group, from joining until it left or was put out; who comes back is a new member."""
 
-    __slots__ = ("alive", "generation", "name", "owned", "polling", "seen", "subscription", "target")
+    __slots__ = (
+        "alive",
+        "generation",
+        "name",
+        "owned",
+        "polling",
+        "replaced",
+        "seen",
+        "static",
+        "subscription",
+        "target",
+    )
 
-    def __init__(self, name: str, subscription: Subscription, now: float) -> None:
+    def __init__(self, name: str, subscription: Subscription, now: float, *, static: bool = False) -> None:
         self.name = name
         self.subscription = subscription
-        #: False once it left, or was put out because it did not poll.
+        #: Keeps its place when it leaves, until the session timeout.
+        self.static = static
+        #: False once it left, or was put out because it did not poll, or was replaced.
         self.alive = True
+        #: True once another member came with its name.
+        self.replaced = False
         #: The generation of the group that it knows of; 0 before its first poll.
         self.generation = 0
         #: What it has, from on_assign until on_revoke returned.
@@ -135,20 +162,37 @@ class Group:
 
     # -- members -----------------------------------------------------------------------------------------------------
 
-    def join(self, subscription: Subscription, topics: Mapping[str, int], now: float) -> Member:
-        """A new member. ``topics``: what there is, with partition counts."""
+    def join(
+        self, subscription: Subscription, topics: Mapping[str, int], now: float, member_id: str | None = None
+    ) -> Member:
+        """A new member. ``topics``: what there is, with partition counts. ``member_id``: the name of a static one."""
         self._joined += 1
-        member = Member(f"{self.name}-{self._joined}", subscription, now)
-        self.members[member.name] = member
-        self.rebalance(topics)
+        name = f"{self.name}-{self._joined}" if member_id is None else f"{self.name}/{member_id}"
+        member = Member(name, subscription, now, static=member_id is not None)
+        before = self.members.get(name)
+        self.members[name] = member
+        if before is not None:
+            before.alive, before.replaced = False, True
+            member.target = before.target
+        if before is None or before.subscription.topics != subscription.topics:
+            self.rebalance(topics)
         return member
 
-    def leave(self, member: Member, topics: Mapping[str, int]) -> None:
-        """The member is gone, and what it had is free at once. A second call does nothing."""
-        if member.alive:
-            member.alive = False
-            del self.members[member.name]
-            self.rebalance(topics)
+    def leave(self, member: Member, topics: Mapping[str, int], now: float) -> None:
+        """The member is gone, and what it had is free; that of a static one once its session has ended.
+
+        A second call does nothing.
+        """
+        if member.alive and member.static:
+            member.owned.clear()
+            member.polling, member.seen = False, now
+        elif member.alive:
+            self._remove(member, topics)
+
+    def _remove(self, member: Member, topics: Mapping[str, int]) -> None:
+        member.alive = False
+        del self.members[member.name]
+        self.rebalance(topics)
 
     def rebalance(self, topics: Mapping[str, int]) -> None:
         """A new generation, with a target for each member."""
@@ -181,7 +225,7 @@ class Group:
         overdue = [m for m in self.members.values() if not m.polling and now >= m.seen + timeout_s]
         for member in overdue:
             logger.info("Member %s did not poll for %s s and is put out", member.name, timeout_s)
-            self.leave(member, topics)
+            self._remove(member, topics)
         return bool(overdue)
 
     # -- offsets -----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from kser.errors import (
     MessageTooLargeError,
     OffsetLostError,
     TransportError,
+    ValidationError,
 )
 from kser.transport import (
     DeliveryCallback,
@@ -36,7 +37,7 @@ from kser.transport import (
 )
 from kser.transport.clock import Clock, RealClock
 from kser.transport.cluster import Cluster, Operation, Transaction, TransactionalId
-from kser.transport.groups import Group, Member, Membership, Subscription, to_store
+from kser.transport.groups import Group, Member, Membership, Subscription, checked_member_id, to_store
 
 __all__ = ["MemoryAdmin", "MemoryReader", "MemorySink", "MemorySource", "MemoryTransport"]
 
@@ -82,15 +83,15 @@ class MemoryTransport:
 
     # -- Transport ---------------------------------------------------------------------------------------------------
 
-    def source(self, group: str) -> "MemorySource":
-        """A new member of this consumer group; it joins with subscribe()."""
+    def source(self, group: str, *, member_id: str | None = None) -> "MemorySource":
+        """A new member of this consumer group, which joins with subscribe(); with ``member_id`` a static one."""
         if not group:
             raise ConfigurationError("group is empty: name the consumer group")
-        return MemorySource(self._cluster, group)
+        return MemorySource(self._cluster, group, checked_member_id(member_id) if member_id is not None else None)
 
-    def sink(self, transactional_id: str | None = None) -> "MemorySink":
-        """A new writer."""
-        return MemorySink(self._cluster, transactional_id, self._max_record_bytes)
+    def sink(self, transactional_id: str | None = None, *, failures_only: bool = False) -> "MemorySink":
+        """A new writer; with ``failures_only`` one that calls an ``on_delivery`` only with an error."""
+        return MemorySink(self._cluster, transactional_id, self._max_record_bytes, failures_only=failures_only)
 
     def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> "MemoryReader":
         """A new reader of these topics. "end": only what is written after this call returned."""
@@ -192,8 +193,9 @@ class _Assigned:
 class MemorySource:
     """One member of a consumer group in memory: see `kser.transport.Source`. One thread owns it."""
 
-    def __init__(self, cluster: Cluster, group: str) -> None:
+    def __init__(self, cluster: Cluster, group: str, member_id: str | None = None) -> None:
         self._cluster = cluster
+        self._member_id = member_id
         with cluster.changed:
             self._group = cluster.group(group)
         self._subscription: Subscription | None = None
@@ -201,6 +203,8 @@ class MemorySource:
         self._member: Member | None = None
         self._assigned = _Assigned()
         self._closed = False
+        #: What commit_later() asked for, to be told by poll().
+        self._stored: deque[tuple[DeliveryCallback, Error | None]] = deque()
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
@@ -220,6 +224,9 @@ class MemorySource:
         """What has come; see `kser.transport.Source.poll`. A call of its own from inside a listener is refused."""
         cluster = self._cluster
         deadline = cluster.clock.monotonic() + timeout_s
+        while self._stored:
+            on_stored, error = self._stored.popleft()
+            on_stored(error)
         with self._present():
             with cluster.changed, cluster.failing("poll"):
                 pass
@@ -234,6 +241,13 @@ class MemorySource:
                         cluster.wait(deadline)
                 if change is not None:
                     self._tell(*change)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the group has taken this member in: from its first poll() until it is put out or closed."""
+        with self._cluster.changed:
+            self._cluster.tick()
+            return self._member is not None and self._member.alive and self._member.generation > 0
 
     def assignment(self) -> list[Partition]:
         """The partitions this member owns now."""
@@ -278,6 +292,15 @@ class MemorySource:
             self._cluster.tick()
             self._group.store_owned(self._member, stored, self._cluster.next_sequence())
 
+    def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
+        """Ask for these positions to be stored: done at once, and told by the next poll()."""
+        error: Error | None = None
+        try:
+            self.commit(positions)
+        except Error as exc:
+            error = exc
+        self._stored.append((on_stored, error))
+
     def watermarks(self, partition: Partition, timeout_s: float = 10) -> tuple[int, int]:  # noqa: ARG002 - never waits
         """The first offset there is, and the one the next record will get.
 
@@ -315,7 +338,7 @@ class MemorySource:
             self._closed = True
             self._assigned = _Assigned()
             if self._member is not None:
-                self._group.leave(self._member, self._cluster.partition_counts())
+                self._group.leave(self._member, self._cluster.partition_counts(), self._cluster.clock.monotonic())
                 self._member = None
             self._cluster.changed.notify_all()
 
@@ -351,7 +374,9 @@ class MemorySource:
     def _join(self) -> None:
         assert self._subscription is not None
         cluster = self._cluster
-        self._member = self._group.join(self._subscription, cluster.partition_counts(), cluster.clock.monotonic())
+        self._member = self._group.join(
+            self._subscription, cluster.partition_counts(), cluster.clock.monotonic(), self._member_id
+        )
 
     def _next_change(self) -> tuple[Literal["lost", "revoke", "assign"], list[Partition]] | None:
         """What the listener has to be told next; None when the member is up to date with its group."""
@@ -361,6 +386,13 @@ class MemorySource:
         if not member.alive:
             lost = self.assignment()
             self._assigned.remove(lost)
+            if member.replaced:
+                if lost:
+                    return "lost", lost
+                raise GroupError(
+                    f"Another worker took over the name {self._member_id} (group.instance.id) in group "
+                    f"{self._group.name}: give each its own"
+                )
             self._join()
             assert self._member is not None
             self._member.polling = True
@@ -406,15 +438,24 @@ class MemorySource:
 class MemorySink:
     """A writer in memory: see `kser.transport.Sink`. May be shared by threads."""
 
-    def __init__(self, cluster: Cluster, transactional_id: str | None, max_record_bytes: int) -> None:
+    def __init__(
+        self, cluster: Cluster, transactional_id: str | None, max_record_bytes: int, *, failures_only: bool = False
+    ) -> None:
         self._cluster = cluster
         self._id = transactional_id
+        self._failures_only = failures_only
         self._max_record_bytes = max_record_bytes
         self._epoch: int | None = None
         #: "unanswered": committed, but its answer was lost; the same commit() again is answered with success.
         self._phase: Literal["ready", "open", "unanswered"] = "ready"
         #: Why the open transaction can only be aborted.
         self._failure: Error | None = None
+        #: The error of the first record of the transaction that was not delivered.
+        self._undelivered: Error | None = None
+        #: send_offsets() failed: a commit would show the records without the offsets.
+        self._offsets_missing = False
+        #: Records that produce_all() wrote since begin().
+        self._handed = 0
         self._reports: deque[tuple[DeliveryCallback, Error | None]] = deque()
         self._closed = False
 
@@ -422,27 +463,59 @@ class MemorySink:
 
     def produce(self, record: OutRecord, on_delivery: DeliveryCallback | None = None) -> None:
         """Write one record; see `kser.transport.Sink.produce`. ``on_delivery`` waits for poll(), flush(), commit()."""
-        size = _size(record)
-        if size > self._max_record_bytes:
-            raise MessageTooLargeError(f"A record for {record.topic}", size, self._max_record_bytes)
-        with self._locked(), self._cluster.failing("produce"):
-            if self._id is not None:
-                self._check_phase("open")
+        with self._locked():
             error = self._write(record)
-            if error is not None and self._id is not None:
-                self._failure = error
-            elif error is not None and on_delivery is None:
+            if error is not None and self._id is None and on_delivery is None:
                 logger.warning("A record for %s was not written: %s", record.topic, error.message)
-            if on_delivery is not None:
+            if on_delivery is not None and (error is not None or not self._failures_only):
                 self._reports.append((on_delivery, error))
                 self._cluster.changed.notify_all()
 
+    def produce_all(self, records: Sequence[OutRecord]) -> None:
+        """Write all of these; see `kser.transport.Sink.produce_all`."""
+        with self._locked():
+            for index, record in enumerate(records):
+                before = self._undelivered
+                try:
+                    self.produce(record)
+                except Error as exc:
+                    exc.extra["index"] = index
+                    raise
+                if before is None and self._undelivered is not None:
+                    self._undelivered.extra["index"] = self._handed
+                self._handed += 1
+
+    def deliver(self, records: Sequence[OutRecord], timeout_s: float = 30) -> list[tuple[int, Error]]:  # noqa: ARG002 - never waits
+        """Write all of these and give the failures, by index; see `kser.transport.Sink.deliver`."""
+        failures: list[tuple[int, Error]] = []
+        with self._locked():
+            if self._id is not None:
+                raise TransportError(f"deliver() of {self._id}: it is for sinks without transactions")
+            for index, record in enumerate(records):
+                try:
+                    error = self._write(record)
+                except Error as exc:
+                    error = exc
+                if error is not None:
+                    failures.append((index, error))
+        return failures
+
     def _write(self, record: OutRecord) -> Error | None:
-        try:
-            with self._cluster.failing("delivery"):
-                self._cluster.append(record, self._transaction() if self._id is not None else None)
-        except Error as exc:
-            return exc
+        """Why it was not delivered, None when it was. Raises when it is not even taken."""
+        size = _size(record)
+        if size > self._max_record_bytes:
+            raise MessageTooLargeError(f"A record for {record.topic}", size, self._max_record_bytes)
+        if self._id is not None:
+            self._check_phase("open")
+        with self._cluster.failing("produce"):
+            try:
+                with self._cluster.failing("delivery"):
+                    self._cluster.append(record, self._transaction() if self._id is not None else None)
+            except Error as exc:
+                if self._id is not None:
+                    self._failure = exc if isinstance(exc, FencedError) else self._failure
+                    self._undelivered = self._undelivered or exc
+                return exc
         return None
 
     def poll(self, timeout_s: float) -> int:
@@ -489,26 +562,33 @@ class MemorySink:
             self._check_phase("ready")
             if self._epoch is None:
                 self._epoch = self._cluster.take_over(self._id)
-            self._phase = "open"
+            self._phase, self._handed, self._undelivered, self._offsets_missing = "open", 0, None, False
 
     def send_offsets(self, positions: Sequence[Position], member: GroupMember) -> None:
         """Make these positions part of the transaction; after a GroupError it can only be aborted."""
         if not isinstance(member, Membership):
             raise TypeError(f"{type(member).__name__} is no member of a MemorySource: give what its member() returns")
         stored = to_store(positions)
-        with self._locked(), self._cluster.failing("send_offsets"):
+        with self._locked():
             self._check_phase("open")
-            self._cluster.tick()
-            group = self._cluster.group(member.group)
-            try:
-                group.check_membership(member, stored)
-            except GroupError as exc:
-                self._failure = exc
-                raise
-            with self._fenced_for_good():
-                transaction = self._transaction()
-            for position in stored:
-                self._cluster.add_offset(transaction, group, position)
+            self._offsets_missing = True
+            with self._cluster.failing("send_offsets"):
+                self._add_offsets(stored, member)
+            self._offsets_missing = False
+
+    def _add_offsets(self, stored: Sequence[Position], member: Membership) -> None:
+        self._cluster.tick()
+        group = self._cluster.group(member.group)
+        try:
+            group.check_membership(member, stored)
+        except GroupError as exc:
+            exc.extra["abort"] = True
+            self._failure = exc
+            raise
+        with self._fenced_for_good():
+            transaction = self._transaction()
+        for position in stored:
+            self._cluster.add_offset(transaction, group, position)
 
     def commit(self, timeout_s: float = 30) -> None:  # noqa: ARG002 - never waits
         """Make the transaction visible: its records and its offsets, together."""
@@ -519,7 +599,18 @@ class MemorySink:
                 return
             self._check_phase("open")
             if self._failure is not None:
-                raise self._failure
+                raise self._failure.with_traceback(None)
+            if self._undelivered is not None:
+                raise TransportError(
+                    f"Committing the transaction of {self._id} failed: a record was not delivered: "
+                    f"{self._undelivered.message}",
+                    extra={"abort": True, "record": self._undelivered},
+                )
+            if self._offsets_missing:
+                raise TransportError(
+                    f"The transaction of {self._id} has not got its offsets: abort() it, its records would be doubled",
+                    extra={"abort": True},
+                )
             with self._fenced_for_good(), self._cluster.failing("end_txn"):
                 self._cluster.end_transaction(self._holder(), committed=True)
                 self._phase = "unanswered"
@@ -533,7 +624,7 @@ class MemorySink:
             self._check_phase("open")
             with self._fenced_for_good(), self._cluster.failing("abort"):
                 self._cluster.end_transaction(self._holder(), committed=False)
-                self._phase, self._failure = "ready", None
+                self._phase, self._failure, self._undelivered = "ready", None, None
         self._serve()
 
     def close(self, timeout_s: float = 10) -> None:  # noqa: ARG002 - never waits
@@ -574,7 +665,8 @@ class MemorySink:
         if holder.epoch != self._epoch:
             raise FencedError(
                 f"Transactional id {self._id} was taken over by another producer, or its transaction took too long: "
-                "make a new sink"
+                "make a new sink",
+                extra={"fatal": True},
             )
         return holder
 
@@ -592,8 +684,11 @@ class MemorySink:
 
 
 def _size(record: OutRecord) -> int:
-    headers = sum(len(name.encode()) + len(value or b"") for name, value in record.headers)
-    return len(record.key or b"") + len(record.value or b"") + headers
+    try:
+        _, key, value, headers, _ = record
+        return len(key or b"") + len(value or b"") + sum(len(n.encode()) + len(v or b"") for n, v in headers)
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise ValidationError(f"A record for topic {record[0]!r} cannot be written: {exc}") from exc
 
 
 class MemoryReader:

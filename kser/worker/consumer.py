@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from kser.controller import Controller
 from kser.transport import Transport
-from kser.worker.loop import Worker
+from kser.worker.worker import Worker
 
 __all__ = ["BaseConsumer"]
 

@@ -1,84 +1,557 @@
-"""Runs taken records, one at a time, in a thread of its own, so that the poll thread never waits for a task."""
+"""Runs records in threads, so that the poll thread never waits for a task.
 
+Units of records are handed over in chunks: a queue operation for sixteen short tasks instead of one for each
+(KAFKA.md finding 10). A task that takes longer than that is good for keeps nothing waiting: look_after() gives what is
+left of its thread's chunk to others.
+
+Coroutines and isolated tasks have threads of their own, which only wait: for the event loop, or for a child process.
+"""
+
+import inspect
 import logging
 import queue
 import threading
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from typing import Final
 
-from kser.transport import Record
-from kser.worker.offsets import PartitionState
-from kser.worker.runner import Outcome, Runner
+from kser import context
+from kser.context import Control
+from kser.entry import Entrypoint
+from kser.errors import TaskTimeoutError
+from kser.worker.dispatch import Item, Unit
+from kser.worker.runner import Outcome, Runner, Work
 
-__all__ = ["Executor", "Finished"]
+__all__ = ["Executor", "Running"]
 
 logger = logging.getLogger(__name__)
 
+#: Units in a chunk while tasks are short, at least.
+_CHUNK: Final = 16
+#: Active threads while tasks are short; and what came together is cut into so many chunks.
+_FEW: Final = 2
+#: Tasks longer than this, in seconds, are handed over one by one.
+_SHORT_S: Final = 0.0005
+#: A thread that has been at one record for so long, in seconds, gives the rest of its chunk to others.
+_LONG_S: Final = 0.01
+#: What a task over its ``timeout`` gets to end by itself, in seconds, before its thread is given up.
+_GRACE_S: Final = 2.0
+#: A thread that runs dry tells the poll thread at least this often, in seconds.
+_WAKE_S: Final = 0.002
 
-@dataclass(slots=True)
-class Finished:
-    """One record that was run. ``outcome`` is None when it was not: its partition was closed before its turn came."""
+_Chunk = deque[Unit]
 
-    state: PartitionState
-    record: Record
-    outcome: Outcome | None
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """One record that is being run, for whoever looks at the worker."""
+
+    entrypoint: str
+    uuid: str
+    #: Seconds since it began, and since its last heartbeat (None: none yet).
+    seconds: float
+    heartbeat_s: float | None
+
+
+class _Gate:
+    """At most ``limit`` units of a class side by side; the others wait here without holding a thread."""
+
+    __slots__ = ("limit", "lock", "passed", "waiting")
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.lock = threading.Lock()
+        self.passed = 0
+        self.waiting: deque[deque[Item]] = deque()
+
+    def admit(self, unit: deque[Item]) -> bool:
+        """Whether the first item of the unit may run now; if not, the unit waits."""
+        with self.lock:
+            if self.passed < self.limit:
+                self.passed += 1
+                unit[0].admitted = self
+                return True
+            self.waiting.append(unit)
+            return False
+
+    def leave(self) -> deque[Item] | None:
+        """One has ended. Gives the unit that may go on instead."""
+        with self.lock:
+            if not self.waiting:
+                self.passed -= 1
+                return None
+            unit = self.waiting.popleft()
+            unit[0].admitted = self
+            return unit
+
+    def drop_closed(self) -> list[Item]:
+        """Take out what waits of partitions that are going."""
+        with self.lock:
+            gone = [unit for unit in self.waiting if unit[0].state.closed]
+            if gone:
+                self.waiting = deque(unit for unit in self.waiting if not unit[0].state.closed)
+        return [item for unit in gone for item in unit]
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How a class is run."""
+
+    gate: _Gate | None
+    crew: "_Crew | None"
+    timeout: float | None
+
+
+class _Hand:
+    """One thread."""
+
+    __slots__ = ("abandoned", "chunk", "item", "lock", "since", "thread", "told", "unit")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        #: What it runs, and since when (time.monotonic()).
+        self.item: Item | None = None
+        self.since = 0.0
+        self.unit: deque[Item] | None = None
+        self.chunk: _Chunk | None = None
+        #: When its task was told to end; 0 when it was not.
+        self.told = 0.0
+        #: True once somebody else has its place: when it comes back it ends.
+        self.abandoned = False
+        self.thread: threading.Thread | None = None
+
+
+class _Crew:
+    """Threads that take chunks from one queue.
+
+    Short tasks hold the GIL: more threads than a few only take it from each other, and from the poll and settle threads
+    (each waits its turn of 5 ms). So only a few are active while tasks are short, one more for each that is stuck in a
+    long one, and all of them when tasks are long as a rule. The others are parked.
+
+    Args:
+        executor: whose crew it is.
+        name: for the names of the threads.
+        size: most threads.
+        run: runs one record.
+        waits: what these run waits elsewhere, so that all may be active at any time.
+    """
+
+    def __init__(
+        self, executor: "Executor", name: str, size: int, run: Callable[[Item, Work], Outcome], *, waits: bool
+    ) -> None:
+        self._executor = executor
+        self._name = name
+        self.size = size
+        self.run = run
+        self._waits = waits
+        self.todo: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+        self.hands: list[_Hand] = []
+        #: Threads that may be active, as of the last look.
+        self.wanted = size if waits else min(size, _FEW)
+        #: Threads that are not parked.
+        self.active = 0
+        self._parked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._made = 0
+
+    def put(self, chunks: Iterable[_Chunk]) -> None:
+        """Run these."""
+        for chunk in chunks:
+            self.todo.put(chunk)
+        self.grow()
+
+    def look(self, stuck: int, *, short: bool) -> None:
+        """Note how many threads are stuck in a long task, and whether tasks are short as a rule."""
+        self.wanted = min(self.size, _FEW + stuck) if short and not self._waits else self.size
+        self.grow()
+
+    def grow(self) -> None:
+        """Activate threads while there is more to do than idle ones. Called again and again: what it sees is old."""
+        if self.active < self.wanted and (todo := self.todo.qsize()):
+            with self._executor.lock:
+                idle = self.active - sum(1 for hand in self.hands if hand.chunk is not None)
+                while self.active < self.wanted and idle < todo:
+                    idle += 1
+                    self.active += 1
+                    if self.active <= len(self.hands):
+                        self._parked.put(True)
+                    else:
+                        self._start()
+
+    def park(self) -> bool:
+        """Wait until one more thread is wanted; False when it should end. Called by a thread between two chunks."""
+        with self._executor.lock:
+            if self.active <= self.wanted:
+                return True
+            self.active -= 1
+        return self._parked.get()
+
+    def _start(self) -> None:
+        hand = _Hand()
+        self._made += 1
+        hand.thread = threading.Thread(
+            target=self._executor._work, args=[self, hand], name=f"kser-{self._name}-{self._made}", daemon=True
+        )
+        self.hands.append(hand)
+        hand.thread.start()
+
+    def replace(self, hand: _Hand) -> None:
+        """Give up on a thread."""
+        with self._executor.lock:
+            self.hands.remove(hand)
+            self._start()
+
+    def end(self) -> None:
+        """Let the threads end once they have nothing to do."""
+        for _ in self.hands:
+            self.todo.put(None)
+            self._parked.put(False)
+
+    @property
+    def free(self) -> int:
+        """Threads that could take something now, those not made yet included."""
+        return self.size - sum(1 for hand in tuple(self.hands) if hand.item is not None)
 
 
 class Executor:
-    """One thread that runs records in the order they are handed over.
+    """Threads that run units of records.
 
-    Thread rule: submit(), hold(), release() and stop() belong to the poll thread; ``finished`` is a queue it reads.
+    Args:
+        runner: runs one record.
+        concurrency: threads for plain tasks.
+        coroutines: ``async def`` tasks side by side.
+        isolated: runs one record in a child process and gives its Outcome; None: isolated tasks are refused.
+        children: isolated tasks side by side.
+        max_abandoned: threads that may be given up because their task ignores its timeout.
+        wake: called from any thread when something is finished.
+
+    Thread rule: everything here belongs to the poll thread.
     """
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        concurrency: int,
+        wake: Callable[[], None],
+        coroutines: int = 256,
+        isolated: Callable[[Item, Work], Outcome] | None = None,
+        children: int = 1,
+        max_abandoned: int = 16,
+    ) -> None:
         self._runner = runner
-        self._todo: queue.SimpleQueue[list[tuple[PartitionState, Record]] | None] = queue.SimpleQueue()
+        self._wake = wake
+        self._max_abandoned = max_abandoned
+        self.lock = threading.Lock()
+        #: Items that are done with, in the order they were. Their state, outcome and ``last`` are final.
+        self.finished: deque[Item] = deque()
         self._open = threading.Event()
         self._open.set()
-        #: What has been run, in order.
-        self.finished: queue.SimpleQueue[Finished] = queue.SimpleQueue()
-        #: The record in hand, or None.
-        self.running: tuple[PartitionState, Record] | None = None
-        self._thread = threading.Thread(target=self._work, name="kser-executor", daemon=True)
-        self._thread.start()
+        self._held = False
+        self._crew = _Crew(self, "task", concurrency, self._run_here, waits=False)
+        self._waiting = _Crew(self, "async", coroutines, self._run_here, waits=True)
+        self._isolated = None if isolated is None else _Crew(self, "isolated", children, isolated, waits=True)
+        self._kinds: dict[type[Entrypoint] | None, _Kind | None] = {}
+        self._gates: list[_Gate] = []
+        #: Threads whose task ignored its timeout and that were replaced.
+        self.abandoned: list[_Hand] = []
+        #: Seconds a record takes, lately.
+        self._pace = 1.0
+        self._looked = 0.0
 
-    @property
-    def doing(self) -> str:
-        """What is being run, ``entrypoint[uuid]``, or ""."""
-        return self._runner.doing if self.running is not None else ""
+    # -- handing over ------------------------------------------------------------------------------------------------
 
-    def submit(self, records: list[tuple[PartitionState, Record]]) -> None:
-        """Run these after what was handed over before. Each comes back in ``finished``."""
-        self._todo.put(records)
+    def submit(self, units: list[Unit]) -> None:
+        """Run these units, each in its own order. Every item comes back in ``finished``."""
+        count = len(units)
+        if self._pace > _SHORT_S or count == 1:
+            self._crew.put([deque((unit,)) for unit in units])
+        else:
+            size = max(_CHUNK, -(-count // _FEW))
+            self._crew.put([deque(units[i : i + size]) for i in range(0, count, size)])
 
     def hold(self) -> None:
         """Start nothing more until release(); what runs goes on."""
-        self._open.clear()
+        if not self._held:
+            self._held = True
+            self._open.clear()
 
     def release(self) -> None:
         """Start again."""
-        self._open.set()
+        if self._held:
+            self._held = False
+            self._open.set()
+
+    def drop_closed(self) -> None:
+        """Give back what waits for its turn, of partitions that are going."""
+        for gate in self._gates:
+            for item in gate.drop_closed():
+                item.outcome = None
+                self.finished.append(item)
+        self._wake()
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread once it has nothing to do; False when it is still busy after ``timeout_s``."""
-        self._todo.put(None)
-        self._open.set()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        """End the threads once they have nothing to do; False when one is still busy after ``timeout_s``."""
+        end = time.monotonic() + timeout_s
+        self.release()
+        crews = [crew for crew in (self._crew, self._waiting, self._isolated) if crew is not None]
+        for crew in crews:
+            crew.end()
+        for crew in crews:
+            for hand in crew.hands:
+                assert hand.thread is not None
+                hand.thread.join(max(end - time.monotonic(), 0))
+        return not any(hand.thread is not None and hand.thread.is_alive() for crew in crews for hand in crew.hands)
 
-    def _work(self) -> None:
-        while (chunk := self._todo.get()) is not None:
-            for state, record in chunk:
-                self._open.wait()
-                if state.closed:
-                    self.finished.put(Finished(state, record, None))
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> int:
+        """Threads for plain tasks that have nothing to do."""
+        return self._crew.free
+
+    @property
+    def exhausted(self) -> bool:
+        """More threads were given up than may be: the worker should end."""
+        return len(self.abandoned) > self._max_abandoned
+
+    def _hands(self) -> list[_Hand]:
+        crews = (self._crew, self._waiting, self._isolated)
+        return [hand for crew in crews if crew is not None for hand in tuple(crew.hands)]
+
+    def running_of(self, closing: Collection[int]) -> bool:
+        """Whether a record runs whose state's id() is among these."""
+        return any(item is not None and id(item.state) in closing for item in (h.item for h in self._hands()))
+
+    @property
+    def doing(self) -> str:
+        """One of what is being run, ``entrypoint[uuid]``, or ""."""
+        for hand in self._hands():
+            item = hand.item
+            if item is not None and item.work is not None:
+                return str(item.work.name)
+        return ""
+
+    def running(self) -> list[Running]:
+        """What is being run."""
+        now = time.monotonic()
+        found = []
+        for hand in self._hands():
+            item, since = hand.item, hand.since
+            if item is None or item.work is None:
+                continue
+            alive = item.control.alive if item.control is not None else 0.0
+            found.append(
+                Running(item.work.kmsg.entrypoint, item.work.kmsg.uuid, now - since, now - alive if alive else None)
+            )
+        return found
+
+    def abort(self, reason: str, closing: Collection[int] | None = None) -> None:
+        """Tell what runs (of these states, by id()) that it should end."""
+        for hand in self._hands():
+            with hand.lock:
+                item = hand.item
+                if item is None or item.control is None or (closing is not None and id(item.state) not in closing):
                     continue
-                self.running = (state, record)
+                if item.control.aborted is None:
+                    item.control.aborted = reason
+
+    def look_after(self) -> None:
+        """Call it often: free what waits behind long tasks, tell those over their timeout, replace those that stay."""
+        now = time.monotonic()
+        if now - self._looked < _LONG_S:
+            return
+        self._looked = now
+        for crew in (self._crew, self._waiting, self._isolated):
+            if crew is None:
+                continue
+            stuck = 0
+            for hand in tuple(crew.hands):
+                item = hand.item
+                if item is None or now - hand.since < _LONG_S:
+                    continue
+                stuck += 1
+                chunk = hand.chunk
+                if chunk:
+                    self._spread(crew, chunk)
+                kind = self._kinds.get(item.work.cls) if item.work is not None else None
+                if kind is not None and kind.timeout is not None and crew is not self._isolated:
+                    self._deadline(crew, hand, item, kind.timeout, now)
+            crew.look(stuck, short=self._pace <= _SHORT_S)
+
+    def _spread(self, crew: _Crew, chunk: _Chunk) -> None:
+        units: list[_Chunk] = []
+        while True:
+            try:
+                units.append(deque((chunk.popleft(),)))
+            except IndexError:
+                break
+        crew.put(units)
+
+    def _deadline(self, crew: _Crew, hand: _Hand, item: Item, timeout: float, now: float) -> None:
+        with hand.lock:
+            if hand.item is not item or now - hand.since < timeout:
+                return
+            if not hand.told:
+                hand.told = now
+                control = item.control
+                control.aborted = control.aborted or "timeout"
+                if control.cancel is not None:
+                    control.cancel()
+                return
+            if now - hand.told < _GRACE_S:
+                return
+            hand.abandoned = True
+            rest = hand.unit
+        logger.error("%s ignores its timeout of %g s: its thread is given up and replaced", item.work.name, timeout)
+        self.abandoned.append(hand)
+        crew.replace(hand)
+        item.error = TaskTimeoutError(
+            f"{item.work.name} took longer than its timeout of {timeout:g} s, and did not end when it was told",
+            extra={"uuid": item.work.kmsg.uuid, "entrypoint": item.work.kmsg.entrypoint, "timeout": timeout},
+        )
+        unit: deque[Item] = deque((item,))
+        while rest:
+            unit.append(rest.popleft())
+        self._crew.put([deque((unit,))])
+
+    # -- in the threads ----------------------------------------------------------------------------------------------
+
+    def _work(self, crew: _Crew, hand: _Hand) -> None:
+        todo, finished, monotonic = crew.todo, self.finished, time.monotonic
+        while True:
+            if crew.active > crew.wanted and not crew.park():
+                return
+            chunk = todo.get()
+            if chunk is None:
+                return
+            hand.chunk = chunk
+            began = woke = monotonic()
+            count = 0
+            while True:
                 try:
-                    outcome: Outcome | None = self._runner.run(record)
-                except Exception:
-                    # A fault of kser itself, not of the task. Unsettled, so that a worker with the cure runs it again.
-                    logger.exception("Record %s/%s/%s broke the worker", record.topic, record.partition, record.offset)
-                    outcome = Outcome("broken")
-                # In this order: whoever sees nothing running finds the last one in ``finished``.
-                self.finished.put(Finished(state, record, outcome))
-                self.running = None
+                    unit = chunk.popleft()
+                except IndexError:
+                    break
+                rest: deque[Item] = deque((unit,)) if isinstance(unit, Item) else unit
+                hand.unit = rest
+                while rest:
+                    item = rest.popleft()
+                    count += 1
+                    if self._held:
+                        self._open.wait()
+                    if item.state.closed:
+                        self._refuse(item, rest)
+                        break
+                    if not self._one(crew, hand, item, rest):
+                        if hand.abandoned:
+                            return
+                        break
+                    finished.append(item)
+                    if (now := monotonic()) - woke > _WAKE_S:
+                        woke = now
+                        self._wake()
+            hand.chunk = hand.unit = None
+            if count:
+                self._pace += ((monotonic() - began) / count - self._pace) * 0.2
+            self._wake()
+
+    def _refuse(self, item: Item, unit: deque[Item]) -> None:
+        """Give back a unit of a partition that is going."""
+        if item.admitted is not None:
+            self._leave(item)
+        while True:
+            item.outcome = None
+            self.finished.append(item)
+            if not unit:
+                return
+            item = unit.popleft()
+
+    def _one(self, crew: _Crew, hand: _Hand, item: Item, unit: deque[Item]) -> bool:
+        """Run one record. False when another thread has it now, and what follows it in the unit."""
+        record = item.record
+        try:
+            work = item.work
+            if work is None:
+                opened = self._runner.open(record)
+                if isinstance(opened, Outcome):
+                    item.outcome = opened
+                    return True
+                work = item.work = opened
+                cls = work.cls
+                kind = self._kinds[cls] if cls in self._kinds else self._learn(cls)
+                if kind is not None and not self._pass(kind, crew, item, unit):
+                    return False
+            if item.error is not None:
+                item.outcome = self._runner.fail(work, item.error)
+            else:
+                item.control = Control(work.attempt)
+                context._control.set(item.control)
+                hand.told = 0.0
+                hand.since = time.monotonic()
+                hand.item = item
+                outcome = crew.run(item, work)
+                with hand.lock:
+                    hand.item = None
+                    if hand.abandoned:
+                        return False
+                item.outcome = outcome
+        except Exception:
+            with hand.lock:
+                hand.item = None
+                if hand.abandoned:
+                    return False
+            # A fault of kser itself, not of the task. Unsettled, so that a worker with the cure runs it again.
+            logger.exception("Record %s/%s/%s broke the worker", record.topic, record.partition, record.offset)
+            item.outcome = Outcome("broken")
+        if item.admitted is not None:
+            self._leave(item)
+        return True
+
+    def _run_here(self, item: Item, work: Work) -> Outcome:  # noqa: ARG002 - as for an isolated one
+        return self._runner.execute(work)
+
+    def _learn(self, cls: type[Entrypoint] | None) -> _Kind | None:
+        """How a class is run; None for one that any thread runs at once."""
+        kind = None
+        if cls is not None:
+            crew = None
+            if cls.isolate:
+                crew = self._isolated
+            elif inspect.iscoroutinefunction(cls.run):
+                crew = self._waiting
+            with self.lock:
+                if cls in self._kinds:
+                    return self._kinds[cls]
+                gate = None
+                if cls.limit:
+                    gate = _Gate(cls.limit)
+                    self._gates.append(gate)
+                if gate is not None or crew is not None or cls.timeout is not None:
+                    kind = _Kind(gate, crew, cls.timeout)
+                self._kinds[cls] = kind
+        else:
+            self._kinds[cls] = None
+        return kind
+
+    def _pass(self, kind: _Kind, crew: _Crew, item: Item, unit: deque[Item]) -> bool:
+        """Whether the item may run in this thread now; else it waits, or goes to the threads of its kind."""
+        if kind.gate is not None and item.admitted is None:
+            unit.appendleft(item)
+            if not kind.gate.admit(unit):
+                return False
+            unit.popleft()
+        if kind.crew is None or kind.crew is crew:
+            return True
+        unit.appendleft(item)
+        kind.crew.put([deque((unit,))])
+        return False
+
+    def _leave(self, item: Item) -> None:
+        gate, item.admitted = item.admitted, None
+        following = gate.leave()
+        if following is not None:
+            kind = self._kinds[following[0].work.cls]
+            assert kind is not None
+            (kind.crew or self._crew).put([deque((following,))])

@@ -56,6 +56,11 @@ class LockFiles:
         self._look()
         return self._terminate
 
+    @property
+    def due(self) -> bool:
+        """Whether the running file may be written again: what runs need not be looked up before."""
+        return time.monotonic() - self._wrote >= _WRITE_EVERY_S
+
     def running(self, what: str) -> None:
         """Note what is being run, ``entrypoint[uuid]``, or "" for nothing. Short tasks may never be seen there."""
         now = time.monotonic()

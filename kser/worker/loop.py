@@ -1,238 +1,228 @@
-"""The loop of a worker: poll, dispatch, collect, settle.
+"""The loop of a worker: poll, dispatch, collect, give what is finished to be settled.
 
-At least once: a record's consequences are produced and every one of them confirmed before its offset is committed. What
-is killed in between is run again by the next owner of the partition, with the same uuids.
+One thread owns the consumer and does nothing that may take long: tasks run in the executor's threads, transactions in
+the settle thread. Everything here happens in the thread that called Worker.run().
 """
 
 import logging
-import os
 import queue
-import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Final
 
-from kser.controller import Controller
-from kser.errors import ConfigurationError, DeliveryError, Error, GroupError, TransportError
+from kser.errors import Error, GroupError, OffsetLostError, TransportError, ValidationError
 from kser.events import events_topic
-from kser.producer import max_message_bytes
-from kser.sequencing.registry import OperationRegistry
-from kser.transport import OutRecord, Partition, Position, Record, Sink, Source, Transport
-from kser.worker.executor import Executor, Finished
+from kser.transport import Partition, Position, Record, Sink, Source, Transport
+from kser.worker.dispatch import Dispatcher, Item
+from kser.worker.executor import Executor
+from kser.worker.health import HealthStatus
 from kser.worker.lockfiles import LockFiles
-from kser.worker.offsets import PartitionState
-from kser.worker.runner import Runner
-from kser.worker.shutdown import stopping_on_signals
-from kser.worker.topics import ensure_group_topics
+from kser.worker.offsets import METADATA_BYTES, PartitionState, decode
+from kser.worker.runner import Outcome, Runner, Work
+from kser.worker.settle import AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
 
-__all__ = ["Worker"]
+if TYPE_CHECKING:
+    from kser.worker.pool import IsolatedPool
+    from kser.worker.worker import Worker
+
+__all__ = ["Loop"]
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two commits while tasks keep coming; an idle worker commits at once.
-_COMMIT_EVERY_S = 0.1
+#: While tasks run, what is finished is settled this often, in seconds, or when there is so much of it.
+_SETTLE_EVERY_S: Final = 0.02
+_SETTLE_COUNT: Final = 2000
 #: Seconds before something the broker refused for now is tried again.
-_BACKOFF_S = 0.5
+_BACKOFF_S: Final = 0.5
 #: Seconds between two "Consumer is paused" lines.
-_PAUSED_EVERY_S = 30
+_PAUSED_EVERY_S: Final = 30
 #: A full worker leaves the client alone for this long before it pauses what it owns: a pause throws away what the
 #: client has fetched ahead, and short tasks make room before that.
-_JAM_S = 0.25
+_JAM_S: Final = 0.25
 #: Longest wait of one turn of the loop: how late a stop or a pause may be seen.
-_TURN_S = 0.2
+_TURN_S: Final = 0.2
+#: Longest wait for a task while new messages may come: short after something happened, longer in quiet times.
+_WAITS: Final = ((0.05, 0.001), (1.0, 0.005), (float("inf"), 0.02))
+#: Bytes of the metadata of a commit beyond which its partition is paused: room is left for what is under way.
+_MUCH: Final = METADATA_BYTES // 2
+#: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
+_UNRESOLVED_S: Final = 30.0
 
 
-class _Pending:
-    """A record that was run, and how many of its consequences the broker has not confirmed."""
-
-    __slots__ = ("due", "error", "finished", "open", "retry", "then")
-
-    def __init__(self, finished: Finished) -> None:
-        self.finished = finished
-        self.open = 0
-        #: What to produce once all that is open is confirmed.
-        self.then: list[OutRecord] = []
-        #: What to produce again, not before ``due``.
-        self.retry: list[OutRecord] = []
-        self.due = 0.0
-        #: A refusal for good.
-        self.error: Error | None = None
-
-
-class Worker:
-    """Runs the tasks of a registry.
-
-    Args:
-        registry: an OperationRegistry, or a Controller.
-        topics: topics to take messages from.
-        group: consumer group; also names the group's own topics, ``{group}.events``.
-        config: librdkafka properties, at least ``bootstrap.servers``; not needed with ``transport``.
-        transport: the broker, when it is not Kafka by ``config``.
-        name: name of this worker in events and logs; default host and process id.
-        drain_s: seconds that running tasks get to end when the worker is asked to stop or a partition is taken away.
-        max_in_flight: records taken and not settled, beyond which no more are fetched.
-        max_poll_records: records taken from the client at a time.
-        create_topics: make the group's topics when they are missing; else refuse to start.
-        events: False to emit no events.
-
-    Raises ConfigurationError for values that cannot be.
-    """
+class Loop:
+    """One run of a worker."""
 
     def __init__(
         self,
-        registry: OperationRegistry | Controller | type[Controller],
+        worker: "Worker",
+        transport: Transport,
+        runner: Runner,
+        delivery: str,
+        pool: "IsolatedPool | None",
         *,
-        topics: Sequence[str],
-        group: str = "kser",
-        config: Mapping[str, Any] | None = None,
-        transport: Transport | None = None,
-        name: str | None = None,
-        drain_s: float = 30,
-        max_in_flight: int = 500,
-        max_poll_records: int = 500,
-        create_topics: bool = True,
-        events: bool = True,
+        static: bool,
     ) -> None:
-        if isinstance(topics, str) or not topics:
-            raise ConfigurationError(f"topics={topics!r}: give a list with at least one topic")
-        if not group:
-            raise ConfigurationError("group is empty: name the consumer group")
-        if drain_s < 0 or max_in_flight < 1 or max_poll_records < 1:
-            raise ConfigurationError(
-                f"drain_s={drain_s}, max_in_flight={max_in_flight}, max_poll_records={max_poll_records}: the first "
-                "must not be negative, the others are at least 1"
-            )
-        if transport is None and not config:
-            raise ConfigurationError("No broker: give config={'bootstrap.servers': 'host:port'}")
-        self.controller = registry.controller if isinstance(registry, OperationRegistry) else registry
-        self.topics = list(topics)
-        self.group = group
-        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
-        self.drain_s = drain_s
-        self.max_in_flight = max_in_flight
-        self.max_poll_records = max_poll_records
-        self.create_topics = create_topics
-        #: What became of the records so far: done, failed, rejected, foreign, discarded, came again.
-        self.stats: Counter[str] = Counter()
-        self._config = dict(config or {})
-        self._transport = transport
-        self._runner = Runner(self.controller, group, self.name, max_message_bytes(), events=events)
-        self._stop = 0
-
-    # -- face --------------------------------------------------------------------------------------------------------
-
-    def run(self, *, until_idle: bool = False) -> None:
-        """Take and run messages until stop(), SIGTERM, SIGINT or the terminate file. Blocks.
-
-        Args:
-            until_idle: return as well once a whole turn (0.2 s) with partitions assigned brought nothing, for tests and
-                scripts. On the memory transport that means that everything sent is done.
-
-        On the way out what runs gets ``drain_s`` seconds to end, all that ended is settled, and the group is left. What
-        did not end is run by the next owner.
-
-        Raises:
-            TransportError: no broker answered at the start, or the client cannot go on.
-            ConfigurationError: a setting is wrong, or topics are missing.
-        """
-        transport = self._transport or self._connect()
-        ensure_group_topics(transport.admin(), self.group, self.topics, create=self.create_topics)
-        with stopping_on_signals(self.stop):
-            _Loop(self, transport, self._runner).run(until_idle=until_idle)
-
-    def stop(self) -> None:
-        """Ask run() to end. The first time it drains, the second time it waits for no task. From any thread."""
-        self._stop += 1
-
-    @property
-    def stopping(self) -> int:
-        """How often stop() was called."""
-        return self._stop
-
-    def _connect(self) -> Transport:
-        from kser.confluent.transport import ConfluentTransport  # here: it loads the Kafka client
-
-        return ConfluentTransport(self._config)
-
-
-class _Loop:
-    """One run of a worker. Everything here happens in the thread that called run(), tasks excepted."""
-
-    def __init__(self, worker: Worker, transport: Transport, runner: Runner) -> None:
         self.worker = worker
         self.stats = worker.stats
+        self.runner = runner
+        self.exactly_once = delivery == "exactly_once"
         self.events_topic = events_topic(worker.group)
-        self.source: Source = transport.source(worker.group)
-        self.sink: Sink = transport.sink()
-        self.executor = Executor(runner)
+        self._transport = transport
+        self._pool = pool
+        self.source: Source = transport.source(worker.group, member_id=worker.name if static else None)
+        #: Wakes this thread: None when something is finished, or a Verdict.
+        self._inbox: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self.executor = Executor(
+            runner,
+            concurrency=worker.concurrency,
+            coroutines=worker.coroutines,
+            isolated=self._run_isolated if pool is not None else None,
+            children=worker.isolated,
+            wake=lambda: self._inbox.put(None),
+        )
+        self.dispatcher = Dispatcher(worker.ordering, self.executor.submit)
         self.files = LockFiles()
         self.parts: dict[Partition, PartitionState] = {}
+        #: Paused because the worker is full or told to pause, and because too much of one partition is unfinished.
         self.halted: set[Partition] = set()
+        self.bounded: set[Partition] = set()
         self.in_flight = 0
-        self.pending: set[_Pending] = set()
-        self.retrying: list[_Pending] = []
-        self.commit_due = 0.0
-        self.paused_said = 0.0
-        self.polled = 0.0
+        self.bytes_in_flight = 0
+        #: Finished, not settled, in the order they finished.
+        self.pending: list[Item] = []
+        self.batch: Batch | None = None
+        #: A batch whose commit got no answer.
+        self.unknown: Batch | None = None
+        #: At least once: partitions with settled records whose offsets are not stored yet, by id().
+        self.uncommitted: dict[int, PartitionState] = {}
+        #: Those whose offsets the broker has been asked to store.
+        self._storing: dict[int, PartitionState] = {}
+        self._commit_due = 0.0
+        self.draining = False
+        self.failure: Error | None = None
+        self._settler: Settler = self._new_settler()
+        self._ready = False
+        self._life = f"{time.time_ns():x}"
+        self._count = 0
+        #: At most so many in a batch, while one of them is to be found out; 0: all.
+        self._batch_limit = 0
+        self._not_before = 0.0
+        self._settled_at = 0.0
+        self._busy_at = 0.0
+        self._paused_said = 0.0
+        self._polled = time.monotonic()
         #: When the budget of a stop ends: draining and the last on_revoke() share it.
         self.stop_by = float("inf")
 
+    # -- from start to end -------------------------------------------------------------------------------------------
+
     def run(self, *, until_idle: bool) -> None:
-        """Until asked to stop, or idle."""
-        self.source.subscribe(self.worker.topics, self)
+        """Until asked to stop, or idle. Raises what made it end."""
         try:
+            self.source.subscribe(self.worker.topics, self)
             idle = False
             while not (self._should_stop() or (until_idle and idle)):
                 idle = self.turn()
             self._drain()
         finally:
             self._leave()
+        if self.failure is not None:
+            raise self.failure
 
     def _should_stop(self) -> bool:
-        return bool(self.worker.stopping) or self.files.terminate
+        return bool(self.worker.stopping) or self.failure is not None or self.files.terminate
 
     def turn(self) -> bool:
         """One round: fetch unless there is enough, then settle what has ended. True when there was nothing to do."""
         self._throttle()
-        busy = bool(self.in_flight or self.pending)
+        working = bool(self.in_flight or self.pending or self.batch is not None)
         records: Sequence[Record] = ()
         now = time.monotonic()
-        if self.in_flight < self.worker.max_in_flight or self.halted or now - self.polled > _JAM_S:
-            self.polled = now
-            self._halt(self.in_flight >= self.worker.max_in_flight or self.files.paused)
-            records = self.source.poll(0 if busy else _TURN_S, self.worker.max_poll_records)
-            self._take(records)
-        self._collect(0.01 if self.in_flight else 0)
+        most = self.worker.max_in_flight
+        full = max(self.in_flight, len(self.pending)) >= most or self.bytes_in_flight >= self.worker.max_bytes
+        if not full or self.halted or now - self._polled > _JAM_S:
+            self._polled = now
+            self._halt(full or self.files.paused)
+            records = self._poll(0 if working else _TURN_S)
+            if records:
+                self._busy_at = now
+                self._take(records)
+        waiting = self.in_flight or self.batch is not None
+        self._collect(self._wait(now) if waiting and not records else 0)
         self._settle()
-        return bool(self.parts) and not (busy or records or self.in_flight or self.pending)
+        self.executor.look_after()
+        if self.executor.exhausted and self.failure is None:
+            self.failure = TransportError(
+                f"{len(self.executor.abandoned)} threads were given up because their task ignores its timeout: the "
+                "worker ends, so that a new one starts without them"
+            )
+        busy = working or records or self.in_flight or self.pending or self.uncommitted or self._storing
+        return bool(self.parts) and not busy
+
+    def _wait(self, now: float) -> float:
+        quiet = now - self._busy_at
+        return next(wait for until, wait in _WAITS if quiet < until)
+
+    def _poll(self, timeout_s: float) -> Sequence[Record]:
+        try:
+            return self.source.poll(timeout_s, self.worker.max_poll_records)
+        except OffsetLostError as exc:
+            self._offset_lost(exc)
+            return ()
+
+    def _offset_lost(self, exc: OffsetLostError) -> None:
+        partition = Partition(exc.extra["topic"], exc.extra["partition"])
+        choice = self.worker.on_lost_offset
+        if choice == "stop":
+            raise OffsetLostError(
+                f"{exc.message}. What was there is gone; choose where to go on: --on-lost-offset earliest (the oldest "
+                "message there is) or latest (only what comes from now on)",
+                extra=exc.extra,
+            ) from exc
+        low, high = self.source.watermarks(partition)
+        offset = low if choice == "earliest" else high
+        logger.warning(
+            "The committed offset of %s/%s does not exist any more: going on at %s, the %s", *partition, offset, choice
+        )
+        state = self.parts.get(partition)
+        if state is not None:
+            state.restart(offset)
+        self.source.seek(Position(*partition, offset))
 
     # -- taking ------------------------------------------------------------------------------------------------------
 
     def _take(self, records: Sequence[Record]) -> None:
-        chunk: list[tuple[PartitionState, Record]] = []
+        items: list[Item] = []
+        parts, size = self.parts, 0
         for record in records:
-            state = self.parts.get(record.of)
+            state = parts.get((record.topic, record.partition))  # type: ignore[call-overload]
             if state is None or state.closed:
                 continue
-            if not state.take(record.offset):
-                self.stats["came again"] += 1
+            wanted = state.take(record.offset)
+            if not wanted:
+                self.stats["skipped" if wanted is None else "came again"] += 1
                 continue
-            chunk.append((state, record))
-        if chunk:
-            self.in_flight += len(chunk)
-            self.executor.submit(chunk)
+            items.append(Item(state, record))
+            if record.value is not None:
+                size += len(record.value)
+        if items:
+            self.in_flight += len(items)
+            self.bytes_in_flight += size
+            self.dispatcher.take(items)
 
     def _throttle(self) -> None:
         """Obey the pause file, and tell what runs."""
-        paused = self.files.paused
-        if paused:
-            self._say_paused()
+        if self.files.paused:
+            now = time.monotonic()
+            if not self._paused_said or now - self._paused_said > _PAUSED_EVERY_S:
+                self._paused_said = now
+                logger.warning("Consumer is paused")
             self.executor.hold()
         else:
-            self.paused_said = 0.0
+            self._paused_said = 0.0
             self.executor.release()
-        self.files.running(self.executor.doing)
+        if self.files.due:
+            self.files.running(self.executor.doing)
 
     def _halt(self, full: bool) -> None:
         """Pause fetching what is owned, or let it go on: owned by the worker, and renewed after each rebalance."""
@@ -241,148 +231,314 @@ class _Loop:
             if more:
                 self.source.pause(more)
                 self.halted |= more
-        elif self.halted and self.in_flight <= self.worker.max_in_flight // 2:
-            self.source.resume(self.halted & self.parts.keys())
+        elif self.halted and max(self.in_flight, len(self.pending)) <= self.worker.max_in_flight // 2:
+            self.source.resume((self.halted & self.parts.keys()) - self.bounded)
             self.halted.clear()
 
-    def _say_paused(self) -> None:
-        now = time.monotonic()
-        if not self.paused_said or now - self.paused_said > _PAUSED_EVERY_S:
-            self.paused_said = now
-            logger.warning("Consumer is paused")
+    def _bound(self, positions: Iterable[Position]) -> None:
+        """Pause a partition whose unfinished offsets nearly fill what can be stored beside the committed one."""
+        for position in positions:
+            size, of = len(position.metadata), position.of
+            if size > _MUCH and of not in self.bounded and of in self.parts:
+                logger.info("%s/%s is paused until more of it is finished", *of)
+                self.bounded.add(of)
+                self.source.pause([of])
+            elif size < _MUCH // 2 and of in self.bounded:
+                self.bounded.discard(of)
+                if of not in self.halted:
+                    self.source.resume([of])
+
+    def _run_isolated(self, item: Item, work: Work) -> Outcome:
+        """Run one record in a child process; in one of the executor's threads."""
+        assert self._pool is not None
+        cls, control = work.cls, item.control
+        try:
+            outcome = self._pool.run(
+                work.record, cls.timeout if cls is not None else None, lambda: control.aborted, control.beat
+            )
+        except Exception as exc:  # noqa: BLE001 - the child died, was killed, or cannot start: the task failed
+            return self.runner.fail(work, exc)
+        self.runner.refused_for(work, outcome)
+        return outcome
+
+    # -- collecting --------------------------------------------------------------------------------------------------
+
+    def _collect(self, wait_s: float) -> None:
+        """Take what has been finished or settled; wait up to ``wait_s`` for the first."""
+        get = self._inbox.get_nowait
+        try:
+            told = self._inbox.get(timeout=wait_s) if wait_s else get()
+            self._busy_at = time.monotonic()
+            while True:
+                if told is not None:
+                    self._told(told)
+                told = get()
+        except queue.Empty:
+            pass
+        finished = self.executor.finished
+        freed: list[Item] = []
+        stats, pending, size, count = self.stats, self.pending, 0, 0
+        while finished:
+            item = finished.popleft()
+            count += 1
+            record, state, outcome = item.record, item.state, item.outcome
+            if record.value is not None:
+                size += len(record.value)
+            if outcome is None or state.gone:
+                stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
+                continue
+            stats[outcome.kind] += 1
+            if outcome.kind == "broken":
+                logger.error("Stopping: a record broke the worker; it stays unsettled")
+                self.worker.stop()
+                continue
+            if item.last:
+                freed.append(item)
+            state.finished(record.offset)
+            pending.append(item)
+        if count:
+            self.in_flight -= count
+            self.bytes_in_flight -= size
+            if freed and self.worker.ordering != "none":
+                self.dispatcher.freed(freed)
 
     # -- settling ----------------------------------------------------------------------------------------------------
 
-    def _collect(self, wait_s: float) -> None:
-        """Take what the executor has finished; wait up to ``wait_s`` for the first."""
-        try:
-            finished = self.executor.finished.get(timeout=wait_s) if wait_s else self.executor.finished.get_nowait()
-            while True:
-                self._collected(finished)
-                finished = self.executor.finished.get_nowait()
-        except queue.Empty:
-            pass
+    def _new_settler(self) -> Settler:
+        transport, worker = self._transport, self.worker
 
-    def _collected(self, finished: Finished) -> None:
-        self.in_flight -= 1
-        outcome = finished.outcome
-        if outcome is None or self.parts.get(finished.state.of) is not finished.state:
-            self.stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
-            return
-        self.stats[outcome.kind] += 1
-        if outcome.kind == "broken":
-            self.worker.stop()
-            return
-        pending = _Pending(finished)
-        self.pending.add(pending)
-        if outcome.ahead:
-            pending.then = outcome.records[outcome.ahead :]
-            self._produce(pending, outcome.records[: outcome.ahead])
-        else:
-            self._produce(pending, outcome.records)
+        def transactional(number: int) -> Sink:
+            return transport.sink(f"{worker.group}.{worker.name}.{number}")
 
-    def _produce(self, pending: _Pending, records: Sequence[OutRecord]) -> None:
-        pending.open += len(records)
-        for record in records:
-            try:
-                self.sink.produce(record, self._confirmation(pending, record))
-            except Error as exc:
-                self._answered(pending, record, exc)
-        self._maybe_settled(pending)
+        def plain(_number: int) -> Sink:
+            return transport.sink(failures_only=True)
 
-    def _confirmation(self, pending: _Pending, record: OutRecord) -> Callable[[Error | None], None]:
-        def confirmed(error: Error | None) -> None:
-            self._answered(pending, record, error)
-            self._maybe_settled(pending)
+        if self.exactly_once:
+            return ExactlyOnce(transactional, self._inbox.put)
+        return AtLeastOnce(plain, self._inbox.put)
 
-        return confirmed
-
-    def _answered(self, pending: _Pending, record: OutRecord, error: Error | None) -> None:
-        pending.open -= 1
-        if error is None:
-            return
-        # A delivery that timed out is no verdict: the broker was away, and takes it when it is back.
-        if isinstance(error, DeliveryError) or (isinstance(error, TransportError) and error.retriable):
-            if not pending.retry:
-                pending.due = time.monotonic() + _BACKOFF_S
-                self.retrying.append(pending)
-            pending.retry.append(record)
-            logger.warning("Not confirmed by the broker, will be sent again: %s", error.message)
-        elif record.topic == self.events_topic:
-            logger.error(
-                "An event of %s was refused by the broker: %s", _describe(pending.finished.record), error.message
-            )
-        else:
-            pending.error = error
-
-    def _maybe_settled(self, pending: _Pending) -> None:
-        if pending.open or pending.retry:
-            return
-        if pending.error is not None:
-            error, pending.error = pending.error, None
-            outcome = pending.finished.outcome
-            refused = outcome.refused if outcome is not None else None
-            if refused is not None and outcome is not None:
-                outcome.refused = None  # once: what tells the refusal may be refused too, and is then only logged
-                pending.then = []
-                self._produce(pending, refused(error))
-                return
-            logger.error(
-                "What follows from %s was refused by the broker: %s", _describe(pending.finished.record), error.message
-            )
-        if pending.then:
-            records, pending.then = pending.then, []
-            self._produce(pending, records)
-            return
-        self.pending.discard(pending)
-        pending.finished.state.settled(pending.finished.record.offset)
-
-    def _settle(self) -> None:
-        """Serve confirmations, send again what has to be, commit what is settled when it is time."""
-        if self.pending:
-            if self.in_flight:
-                self.sink.poll(0)
-            else:
-                self.sink.flush(0.005)  # nothing more is coming: sends at once what still waits for company
+    def _settle(self, *, at_once: bool = False) -> None:
+        """Give what is finished to the settle thread when it is time; give that up when it hangs."""
         now = time.monotonic()
-        if self.retrying and self.retrying[0].due <= now:
-            again, self.retrying = self.retrying, []
-            for pending in again:
-                records, pending.retry = pending.retry, []
-                self._produce(pending, records)
-        idle = not self.in_flight and not self.pending
-        if idle or now >= self.commit_due:
-            self._commit(self.parts.values())
+        if (self.uncommitted or (at_once and self._storing)) and now >= self._commit_due:
+            self._commit(wait=at_once)
+        if self.batch is not None:
+            # At least once every wait is bounded, and giving up would send twice: only a hang is worth that.
+            if now - self.batch.since > self.worker.settle_limit_s * (1 if self.exactly_once else 5):
+                self._abandon()
+            return
+        if self.unknown is not None:
+            self._resolve(now)
+            return
+        if not self.pending or not self._ready or now < self._not_before:
+            return
+        if (
+            self.in_flight
+            and not at_once
+            and len(self.pending) < _SETTLE_COUNT
+            and now - self._settled_at < _SETTLE_EVERY_S
+        ):
+            return
+        self._give(now)
 
-    def _commit(self, states: Any) -> None:
-        positions: list[Position] = [p for state in states if (p := state.committable()) is not None]
+    def _give(self, now: float) -> None:
+        member = None
+        if self.exactly_once:
+            member = self.source.member()
+            if not member.joined:  # a classic group would take such a commit unchecked (KAFKA.md finding 4)
+                self._not_before = now + _BACKOFF_S
+                return
+        items, held = self.pending, []
+        if self._batch_limit:
+            items, held = items[: self._batch_limit], items[self._batch_limit :]
+        self._count += 1
+        settle_id = f"{self.worker.name}.{self._life}.{self._count}"
+        states = {id(item.state): item.state for item in items}
+        positions: list[Position] = []
+        for state in states.values():
+            try:
+                positions.append(state.commit_point(settle_id, _offsets_of(state, held)))
+            except ValidationError as exc:
+                # Wait until more of it is finished: it takes no more meanwhile.
+                logger.warning("%s/%s is paused: %s", *state.of, exc.message)
+                held = [*(item for item in items if item.state is state), *held]
+                items = [item for item in items if item.state is not state]
+        self._bound(positions)
+        self._settled_at = now
+        if not items:
+            self._not_before = now + _SETTLE_EVERY_S
+            return
+        self.pending = held
+        self.batch = Batch(items, positions, member, settle_id)
+        self._settler.give(self.batch)
+
+    def _told(self, verdict: Verdict) -> None:
+        if verdict.settler is not self._settler:
+            return  # one that was given up has come back
+        if verdict.fatal is not None:
+            self.failure = self.failure or verdict.fatal
+            self.batch = None
+            return
+        if verdict.batch is None:
+            self._ready = True
+            return
+        batch, self.batch = self.batch, None
+        assert batch is verdict.batch
+        if verdict.unknown:
+            self.unknown = batch
+            self._resolve(time.monotonic())
+            return
+        self._apply(verdict)
+
+    def _apply(self, verdict: Verdict) -> None:
+        now = time.monotonic()
+        if verdict.pause_s:
+            self._not_before = now + verdict.pause_s
+        again = [item for item in verdict.again if not item.state.gone]
+        if again:
+            self.pending = [*again, *self.pending]
+        for item, error in verdict.refused:
+            if not item.state.gone:
+                self._refused(item, error)
+        if verdict.split:
+            self._batch_limit = max(len(verdict.again) // 2, 1)
+        elif self._batch_limit and verdict.settled:
+            self._batch_limit = self._batch_limit * 2 if self._batch_limit < _SETTLE_COUNT else 0
+        if verdict.settled and not self.exactly_once:
+            self.uncommitted.update((id(item.state), item.state) for item in verdict.settled if not item.state.gone)
+
+    def _refused(self, item: Item, error: Error) -> None:
+        """The broker refused what follows from a record, for good: something else follows from it."""
+        outcome: Outcome = item.outcome
+        where = f"{item.record.topic}/{item.record.partition}/{item.record.offset}"
+        if error.extra.get("topic") == self.events_topic:
+            logger.error("An event of %s was refused by the broker: %s", where, error.message)
+            outcome.records = [record for record in outcome.records if record.topic != self.events_topic]
+        elif outcome.refused is not None:
+            # Once: what tells the refusal may be refused too, and is then only logged.
+            refused, outcome.refused = outcome.refused, None
+            outcome.records, outcome.ahead = refused(error), 0
+        else:
+            logger.error("What follows from %s was refused by the broker: %s", where, error.message)
+            outcome.records, outcome.ahead = [], 0
+        self.pending.insert(0, item)
+
+    def _commit(self, *, wait: bool) -> None:
+        """At least once: what follows from the finished records of ``uncommitted`` is confirmed, store their offsets.
+
+        ``wait``: until they are stored, because the partitions go; else the answer comes by _stored().
+        """
+        if self._storing and not wait:
+            return
+        states = self.uncommitted | self._storing
+        self.uncommitted, self._storing = {}, {}
+        self._count += 1
+        settle_id = f"{self.worker.name}.{self._life}.{self._count}"
+        positions = []
+        for state in states.values():
+            if state.gone:
+                continue
+            try:
+                positions.append(state.commit_point(settle_id, _offsets_of(state, self.pending)))
+            except ValidationError as exc:
+                logger.warning("%s/%s is paused: %s", *state.of, exc.message)
+        self._bound(positions)
         if not positions:
             return
+        self._storing = states
         try:
+            if not wait:
+                self.source.commit_later(positions, self._stored)
+                return
             self.source.commit(positions)
-        except GroupError as exc:
-            # Nothing may have been stored; a rebalance is about to say whose the partitions are.
-            logger.info("Not committed, the partition is not ours any more: %s", exc.message)
-            self.commit_due = time.monotonic() + _BACKOFF_S
-            return
         except TransportError as exc:
-            logger.warning("Not committed, will be tried again: %s", exc.message)
-            self.commit_due = time.monotonic() + _BACKOFF_S
+            self._stored(exc)
+        else:
+            self._stored(None)
+
+    def _stored(self, error: Error | None) -> None:
+        states, self._storing = self._storing, {}
+        if error is None:
             return
-        self.commit_due = time.monotonic() + _COMMIT_EVERY_S
-        for position in positions:
-            state = self.parts.get(position.of)
-            if state is not None:
-                state.committed = position.offset
+        # Nothing is lost: killed before the next try, these records run again. On a GroupError a rebalance is about to
+        # say whose the partitions are.
+        logger.log(
+            logging.INFO if isinstance(error, GroupError) else logging.WARNING,
+            "Not committed, will be tried again: %s",
+            error.message,
+        )
+        self._commit_due = time.monotonic() + _BACKOFF_S
+        self.uncommitted.update((key, state) for key, state in states.items() if not state.gone)
+
+    # -- a settle thread that hangs, an answer that got lost ---------------------------------------------------------
+
+    def _abandon(self) -> None:
+        logger.warning(
+            "A batch has been settling for over %g s: given up, the committed offsets will tell what became of it",
+            self.worker.settle_limit_s,
+        )
+        self.stats["settlers abandoned"] += 1
+        self._settler.abandon()
+        batch, self.batch = self.batch, None
+        assert batch is not None
+        if self.exactly_once:
+            self.unknown = batch
+        else:
+            self.pending = [*(item for item in batch.items if not item.state.gone), *self.pending]
+        self._ready = False
+        self._settler = self._new_settler()
+
+    def _resolve(self, now: float) -> None:
+        """Find out whether a batch was committed. Its transaction is over once a new producer of its id is ready."""
+        batch = self.unknown
+        if batch is None or not self._ready or now < self._not_before:
+            return
+        mine = [p.of for p in batch.positions if (state := self.parts.get(p.of)) is not None and not state.gone]
+        if mine:
+            try:
+                found = self.source.committed(mine, timeout_s=5)
+            except TransportError as exc:
+                # Ask again, never assume. On a GroupError a rebalance will take the partitions away.
+                logger.warning("Not known yet what became of a batch: %s", exc.message)
+                self._not_before = now + _BACKOFF_S
+                return
+            if any(decode(p.offset, p.metadata)[0] == batch.settle_id for p in found):
+                self.stats["answers lost"] += 1
+                logger.info("The answer to a commit was lost, its transaction was not")
+                self.unknown = None
+                return
+        self.unknown = None
+        logger.info("A batch of %d records was not committed: settled again", len(batch.items))
+        self.pending = [*(item for item in batch.items if not item.state.gone), *self.pending]
 
     # -- rebalances (RebalanceListener) ------------------------------------------------------------------------------
 
-    def on_assign(self, partitions: Sequence[Partition]) -> None:
+    def on_assign(self, partitions: Sequence[Partition]) -> Sequence[Position]:
         """Start with a new state for each: results of an earlier assignment are worth nothing."""
-        for partition in partitions:
-            self.parts[partition] = PartitionState(partition)
-            self.halted.discard(partition)
+        self._wait_for_batches_of(set(partitions))
+        found = self.source.committed(partitions, timeout_s=60)
+        for position in found:
+            self.parts[position.of] = PartitionState(position.of, position)
+            self.halted.discard(position.of)
+            self.bounded.discard(position.of)
         logger.debug("Assigned: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
+        return [position for position in found if position.offset >= 0]
+
+    def _wait_for_batches_of(self, partitions: set[Partition]) -> None:
+        """A batch of an earlier assignment must be over before the offsets are read, or its records run twice."""
+        end = time.monotonic() + 2 * self.worker.settle_limit_s + _UNRESOLVED_S
+        while any(
+            batch is not None and any(p.of in partitions for p in batch.positions)
+            for batch in (self.batch, self.unknown)
+        ):
+            if time.monotonic() > end:
+                raise TransportError(
+                    "It could not be found out whether a batch of the partitions that come was committed: the worker "
+                    "stops, so that nothing is run twice"
+                )
+            self._collect(0.05)
+            if self.batch is not None or self.unknown is not None:
+                self._settle()
 
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
         """Start nothing more of these, let the running one end within the budget, settle, let go."""
@@ -403,63 +559,93 @@ class _Loop:
         for state in states:
             state.closed = True
         closing = {id(state) for state in states}
+        self.executor.drop_closed()
+
+        def running() -> bool:
+            return self.executor.running_of(closing) or bool(self.executor.finished)
+
+        while running() and time.monotonic() < end and self.worker.stopping < 2:
+            self._collect(0.02)
+            self._settle()
+            self.executor.look_after()
+        self._collect(0)
+        # The membership is still valid here: settle what there is, the batch under way and one more.
+        end = time.monotonic() + self.worker.settle_limit_s
 
         def unsettled() -> bool:
-            running = self.executor.running
-            if running is not None and id(running[0]) in closing:
-                return True
-            return any(id(p.finished.state) in closing for p in self.pending)
+            batches = [b.items for b in (self.batch, self.unknown) if b is not None]
+            return not closing.isdisjoint(self.uncommitted.keys() | self._storing.keys()) or any(
+                id(item.state) in closing for items in (self.pending, *batches) for item in items
+            )
 
-        held = not self.executor.finished.empty()
-        while (held or unsettled()) and time.monotonic() < end and self.worker.stopping < 2:
+        while unsettled() and time.monotonic() < end and self.failure is None and self.worker.stopping < 3:
+            self._settle(at_once=True)
             self._collect(0.02)
-            self.sink.poll(0.005)
-            held = not self.executor.finished.empty()
-        self._collect(0)
-        self._commit(states)
 
     def _forget(self, partitions: Sequence[Partition]) -> None:
-        for partition in partitions:
-            state = self.parts.pop(partition, None)
-            self.halted.discard(partition)
-            if state is not None:
-                self.pending = {p for p in self.pending if p.finished.state is not state}
-                self.retrying = [p for p in self.retrying if p.finished.state is not state]
+        gone = [state for p in partitions if (state := self.parts.pop(p, None)) is not None]
+        for state in gone:
+            state.gone = True
+            self.uncommitted.pop(id(state), None)
+            self.halted.discard(state.of)
+            self.bounded.discard(state.of)
+        self.pending = [item for item in self.pending if not item.state.gone]
+        self.executor.abort("lost", {id(state) for state in gone})
+        self.executor.drop_closed()
 
     # -- stopping ----------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
         """Take nothing more, let what runs end, settle; the group is left after that (KAFKA.md finding 13)."""
-        if self.worker.stats["broken"]:
-            logger.error("Stopping: a record broke the worker; it stays unsettled")
+        self.draining = True
         logger.info("Stopping: up to %s s for what is running", self.worker.drain_s)
         for state in self.parts.values():
             state.closed = True  # what was taken but not started is left to the next owner
         self.executor.release()
+        self.executor.drop_closed()
         self.stop_by = time.monotonic() + self.worker.drain_s
-        while time.monotonic() < self.stop_by and self.worker.stopping < 2:
-            if not self.in_flight and not self.pending:
+        settle_by = self.stop_by + self.worker.settle_limit_s
+        while self.worker.stopping < 2 and self.failure is None:
+            now = time.monotonic()
+            unsettled = (
+                self.pending or self.uncommitted or self._storing or self.batch is not None or self.unknown is not None
+            )
+            if not (self.in_flight and now < self.stop_by) and not (unsettled and now < settle_by):
                 break
             self.source.pause(set(self.parts) - self.halted)
             self.halted |= set(self.parts)
             self.source.poll(0, 1)  # stays a member
             self._collect(0.02)
-            self._settle()
-        self._commit(self.parts.values())
+            self._settle(at_once=True)
+            self.executor.look_after()
 
     def _leave(self) -> None:
-        for close in (self.source.close, self.sink.close):
-            try:
-                close(10)
-            except Error as exc:
-                logger.warning("Closing: %s", exc.message)
+        self.draining = True
+        self.executor.abort("stopping")
+        try:
+            self.source.close(10)
+        except Error as exc:
+            logger.warning("Closing: %s", exc.message)
+        if not self._settler.close(10):
+            logger.warning("The producers of the worker did not close within 10 s and are left behind")
+        running = self.executor.running()
         if not self.executor.stop(0.1):
-            logger.warning(
-                "%s still runs past the budget: it is left unsettled, the next worker runs it again",
-                self.executor.doing or "A task",
-            )
+            running = self.executor.running() or running
+            self.worker.left = len(running)
+            for one in running:
+                logger.warning(
+                    "%s[%s] still runs past the budget: it is left unsettled, the next worker runs it again",
+                    one.entrypoint,
+                    one.uuid,
+                )
         self.files.close()
 
+    # -- for onlookers, from any thread ------------------------------------------------------------------------------
 
-def _describe(record: Record) -> str:
-    return f"{record.topic}/{record.partition}/{record.offset}"
+    def status(self) -> HealthStatus:
+        """How it is doing."""
+        raise NotImplementedError
+
+
+def _offsets_of(state: PartitionState, items: Iterable[Item]) -> list[int]:
+    return [item.record.offset for item in items if item.state is state]

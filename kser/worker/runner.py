@@ -14,17 +14,20 @@ from kser.results import ACCEPTED, Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, Itinerary, key_bytes, message_key
 from kser.sequencing.operation import Operation
+from kser.sequencing.plain_step import is_plain
 from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing, Sequencer
 from kser.sequencing.task import Task, UnregisteredTask
 from kser.status import Status
 from kser.transport import OutRecord, Record
 
-__all__ = ["GROUP_HEADER", "Outcome", "Runner"]
+__all__ = ["ATTEMPT_HEADER", "GROUP_HEADER", "Outcome", "Runner", "Work"]
 
 logger = logging.getLogger(__name__)
 
 #: Header of every message a worker emits: only workers of this group run it.
 GROUP_HEADER = "kser-group"
+#: Header of a message that is tried again: which try it is, from 2.
+ATTEMPT_HEADER = "kser-attempt"
 
 
 @dataclass(slots=True)
@@ -39,6 +42,49 @@ class Outcome:
     ahead: int = 0
     #: Gives the records to send instead, when the broker refuses a message for good.
     refused: Callable[[Error], list[OutRecord]] | None = None
+
+
+class Work:
+    """What a record asks for.
+
+    Args:
+        record: the record.
+        kmsg: the message in it.
+        plain: its itinerary as it came, when it is plain (see is_plain()).
+        itinerary: its itinerary when it is not; None for a message of no operation.
+        cls: the class it names; None when nobody here registered it, and for the end of an operation.
+        attempt: which try it is.
+    """
+
+    __slots__ = ("_itinerary", "attempt", "cls", "kmsg", "plain", "record")
+
+    def __init__(
+        self,
+        record: Record,
+        kmsg: Message,
+        plain: dict[str, Any] | None,
+        itinerary: Itinerary | None,
+        cls: type[Entrypoint] | None,
+        attempt: int,
+    ) -> None:
+        self.record = record
+        self.kmsg = kmsg
+        self.plain = plain
+        self._itinerary = itinerary
+        self.cls = cls
+        self.attempt = attempt
+
+    @property
+    def itinerary(self) -> Itinerary | None:
+        """The itinerary, read when it is needed; None for a message of no operation."""
+        if self._itinerary is None and self.plain is not None:
+            self._itinerary = Itinerary.load(self.plain)
+        return self._itinerary
+
+    @property
+    def name(self) -> str:
+        """``entrypoint[uuid]``, for people."""
+        return f"{self.kmsg.entrypoint}[{self.kmsg.uuid}]"
 
 
 class _Outbox:
@@ -81,7 +127,7 @@ class Runner:
         limit: largest message, in bytes.
         events: False to emit no events.
 
-    Thread rule: belongs to one thread; ``doing`` may be read by others.
+    Thread rule: has no state; may be shared.
     """
 
     def __init__(
@@ -96,71 +142,119 @@ class Runner:
         self.controller = controller
         self.worker = worker
         self.sequencer = Sequencer(controller, limit)
-        #: What was run last, ``entrypoint[uuid]``.
-        self.doing = ""
         self._group = group.encode()
         self._headers = ((GROUP_HEADER, self._group),)
         self._events_topic = events_topic(group) if events else None
 
     def run(self, record: Record) -> Outcome:
         """Run one record to its end. Never raises an Exception."""
+        work = self.open(record)
+        return work if isinstance(work, Outcome) else self.execute(work)
+
+    def open(self, record: Record) -> "Work | Outcome":
+        """What a record asks for, or its Outcome when there is nothing to run. Runs hooks of the controller only."""
+        attempt = 1
         if record.headers:
             group = record.header(GROUP_HEADER)
             if group is not None and group != self._group:
                 return Outcome("foreign")
+            attempt = _attempt(record.header(ATTEMPT_HEADER))
         try:
             kmsg = self.controller.decode(record.value if record.value is not None else b"")
         except Exception as exc:  # noqa: BLE001 - data that is no message; a user's TRANSPORT may raise anything
             return self._reject(record, self.controller.reject(record.value, exc), None)
+        data = kmsg.metadata.get(METADATA_KEY)
+        if data is None or is_plain(data):
+            return Work(record, kmsg, data, None, self.controller.find(kmsg.entrypoint), attempt)
         try:
             itinerary = Itinerary.of(kmsg)
         except Error as exc:
             return self._reject(record, self.controller.reject(record.value, exc), kmsg)
-        self.doing = f"{kmsg.entrypoint}[{kmsg.uuid}]"
-        outbox = _Outbox(self.sequencer, record.topic, kmsg.metadata.get(METADATA_KEY))
+        cls = None
+        if itinerary is None or itinerary.end is None:
+            cls = self.controller.find(kmsg.entrypoint)
+        return Work(record, kmsg, None, itinerary, cls, attempt)
+
+    def execute(self, work: "Work") -> Outcome:
+        """Run what a record asks for. Never raises an Exception but InternalError, for faults that are no task's."""
+        return self._guarded(work, None)
+
+    def fail(self, work: "Work", error: Exception) -> Outcome:
+        """What follows when a task failed with ``error`` without having come to its end: its hooks are called.
+
+        For a task whose process or thread had to be given up.
+        """
+        return self._guarded(work, error)
+
+    def refused_for(self, work: "Work", outcome: Outcome) -> None:
+        """Give an Outcome that was made in another process what it needs when the broker refuses its records."""
+        task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
+        task.entrypoint = work.kmsg.entrypoint
+        outcome.refused = lambda error: self._task_refused(error, task, work.itinerary, work.record.topic)
+
+    def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
+        kmsg = work.kmsg
+        outbox = _Outbox(self.sequencer, work.record.topic, kmsg.metadata.get(METADATA_KEY))
+        scope = context.Scope(outbox)
+        token = context._scope.set(scope)
         try:
-            with context.delivering(outbox):
-                return self._run(record, kmsg, itinerary, outbox)
+            if work.cls is None and (itinerary := work.itinerary) is not None and itinerary.end is not None:
+                return self._end(work, itinerary, outbox)
+            return self._run(work, outbox, error, scope)
         except Exception:
             raise
         except BaseException as exc:  # sys.exit() in a hook of the controller: it must not end the thread unseen
-            raise InternalError(f"{self.doing} raised {type(exc).__name__} outside of its task: {exc}") from exc
+            raise InternalError(f"{work.name} raised {type(exc).__name__} outside of its task: {exc}") from exc
+        finally:
+            context._scope.reset(token)
 
-    def _run(self, record: Record, kmsg: Message, itinerary: Itinerary | None, outbox: _Outbox) -> Outcome:
-        if itinerary is not None and itinerary.end is not None:
-            consequences = self.sequencer.operation_ended(kmsg.result, itinerary, record.topic)
-            outcome = self._outcome("done", consequences, outbox)
-            outcome.refused = lambda error: self._refused(
-                error,
-                f"{kmsg.entrypoint}[{kmsg.uuid}]",
-                kmsg.uuid,
-                record.topic,
-                lambda failure: self.sequencer.operation_ended(failure, itinerary, record.topic),
-            )
-            return outcome
+    def _end(self, work: Work, itinerary: Itinerary, outbox: _Outbox) -> Outcome:
+        kmsg, topic = work.kmsg, work.record.topic
+        outcome = self._outcome("done", self.sequencer.operation_ended(kmsg.result, itinerary, topic), outbox)
+        outcome.refused = lambda error: self._refused(
+            error,
+            work.name,
+            kmsg.uuid,
+            topic,
+            lambda failure: self.sequencer.operation_ended(failure, itinerary, topic),
+        )
+        return outcome
+
+    def _run(self, work: Work, outbox: _Outbox, error: Exception | None, scope: context.Scope) -> Outcome:
+        kmsg, topic = work.kmsg, work.record.topic
         task: Task | None = None
         try:
-            with context.id_scope(f"{kmsg.uuid}:init"):
-                entrypoint = self._dispatch(kmsg)
+            scope.derive_from(kmsg.uuid, ":init")
+            entrypoint = self._dispatch(kmsg)
         except BaseException as exc:  # noqa: BLE001 - not registered, or a constructor that raised
-            result = results.from_exception(exc, kmsg.uuid)
+            result = results.from_exception(error or exc, kmsg.uuid)
         else:
             if isinstance(entrypoint, Operation):
-                return self._launch(record, entrypoint, itinerary, outbox)
+                return self._launch(work.record, entrypoint, work.itinerary, outbox)
             task = entrypoint if isinstance(entrypoint, Task) else None
-            with context.id_scope(entrypoint.uuid):
+            scope.derive_from(entrypoint.uuid)
+            if error is None:
+                entrypoint._control = context.current_control()
                 result = self._execute(entrypoint)
+            else:
+                result = self._finish(entrypoint, error)
         if task is None:  # nobody's class, or a bare Entrypoint: for the sequence it is a task all the same
             task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
             task.entrypoint = kmsg.entrypoint
-        with context.id_scope(f"{kmsg.uuid}:hooks"):
-            result = self.controller._onresult(kmsg, result)
-        if not results.is_success(result):
+        scope.derive_from(kmsg.uuid, ":hooks")
+        result = self.controller._onresult(kmsg, result)
+        success, consequences = results.is_success(result), None
+        if not success:
             outbox.drop()  # nothing of a failed task leaves
-        consequences = self.sequencer.task_ended(task, result, itinerary, record.topic)
-        outcome = self._outcome("done" if results.is_success(result) else "failed", consequences, outbox)
+        elif work.plain is not None:
+            consequences = self.sequencer.plain_step(
+                task, result, work.plain, topic, events=self._events_topic is not None
+            )
+        if consequences is None:
+            consequences = self.sequencer.task_ended(task, result, work.itinerary, topic)
+        outcome = self._outcome("done" if success else "failed", consequences, outbox)
         if outcome.records:
-            outcome.refused = lambda error: self._task_refused(error, task, itinerary, record.topic)
+            outcome.refused = lambda error: self._task_refused(error, task, work.itinerary, topic)
         return outcome
 
     def _launch(self, record: Record, operation: Operation, itinerary: Itinerary | None, outbox: _Outbox) -> Outcome:
@@ -186,7 +280,16 @@ class Runner:
         try:
             return task.execute()
         except BaseException as exc:  # noqa: BLE001 - sys.exit() in a task ends the task, not the worker
-            return task._finish(results.from_exception(exc, task.uuid))
+            return self._finish(task, exc)
+
+    def _finish(self, task: Entrypoint, error: BaseException) -> Result:
+        """The failed Result of a task, after its onerror()."""
+        failure = results.from_exception(error, task.uuid)
+        try:
+            return task._finish(failure)
+        except BaseException:
+            logger.exception("%s.OnError: %s[%s] raised", type(task).__name__, task.path, task.uuid)
+            return failure
 
     def _task_refused(self, error: Error, task: Task, itinerary: Itinerary | None, topic: str) -> list[OutRecord]:
         def consequences(failure: Result) -> Consequences:
@@ -205,7 +308,7 @@ class Runner:
         """What is sent instead of records that the broker refused for good: what follows from a failure."""
         logger.error("What follows from %s was refused by the broker: %s", what, error.message)
         outbox = _Outbox(self.sequencer, topic)
-        with context.delivering(outbox):
+        with context.within(context.Scope(outbox)):
             return self._outcome("failed", consequences(results.from_exception(error, uuid)), outbox).records
 
     def _reject(self, record: Record, result: Result, kmsg: Message | None) -> Outcome:
@@ -234,3 +337,10 @@ class Runner:
                 value = event.to_bytes(self.worker)
                 records.append(OutRecord(self._events_topic, key_bytes(event.key), value, self._headers))
         return records
+
+
+def _attempt(header: bytes | None) -> int:
+    try:
+        return max(int(header or b"1"), 1)
+    except ValueError:
+        return 1

@@ -1,113 +1,157 @@
-"""The topics of a group, as they should be, and what is wrong with those there are."""
+"""Make the topics of a group, tell what is wrong with them, and what a worker does of both when it starts."""
 
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Final
 
-from kser.errors import ConfigurationError
-from kser.events import events_topic
+from kser.errors import ConfigurationError, Error, TransportError
 from kser.transport import TopicAdmin, TopicInfo, TopicSpec
+from kser.worker.topic_findings import MISSING, Finding, count, find
+from kser.worker.topic_plan import WORKER_FEATURES, Feature, TopicPlan
 
-__all__ = ["check_topics", "ensure_group_topics", "group_topics", "task_topic"]
+__all__ = ["check_topics", "create_topics", "ensure_group_topics"]
 
 logger = logging.getLogger(__name__)
 
-_DAY_MS = 24 * 3600 * 1000
-#: Task messages and events are kept this long: a weekend without workers, or a month, must lose nothing.
-RETENTION_MS = 30 * _DAY_MS
-DEFAULT_PARTITIONS = 6
+#: The cluster id of kser.transport.memory.
+_IN_MEMORY: Final = "memory"
+#: Seconds between two looks for a topic that was just made.
+_AGAIN_S: Final = 0.1
+#: Answers of a broker that lets this client create nothing.
+_FORBIDDEN: Final = ("TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED")
 
 
-def task_topic(name: str, partitions: int = DEFAULT_PARTITIONS, replication: int | None = None) -> TopicSpec:
-    """A topic for task messages."""
-    return TopicSpec(name=name, partitions=partitions, replication=replication, config=_settings(replication))
+def create_topics(
+    admin: TopicAdmin, plan: TopicPlan, *, timeout_s: float = 60
+) -> tuple[dict[str, TopicInfo], list[str]]:
+    """Make what is missing of the plan. All of its topics as they are then, and the names of those made now.
 
-
-def group_topics(group: str, partitions: int = DEFAULT_PARTITIONS, replication: int | None = None) -> list[TopicSpec]:
-    """The topics that the workers of ``group`` need beside the task topics."""
-    return [
-        TopicSpec(
-            name=events_topic(group), partitions=partitions, replication=replication, config=_settings(replication)
-        )
-    ]
-
-
-def _settings(replication: int | None) -> dict[str, str]:
-    settings = {"cleanup.policy": "delete", "retention.ms": str(RETENTION_MS)}
-    if replication is not None and replication >= 3:
-        settings["min.insync.replicas"] = "2"
-    return settings
-
-
-def ensure_group_topics(admin: TopicAdmin, group: str, topics: Sequence[str], *, create: bool) -> None:
-    """Make what is missing of the group's topics, and warn of task topics that do not exist.
-
-    Raises ConfigurationError when a group topic is missing and ``create`` is False.
+    What exists stays as it is. Raises TransportError when a broker refuses, or does not answer within ``timeout_s``.
     """
-    wanted = group_topics(group)
-    there = admin.describe([spec.name for spec in wanted] + list(topics))
-    if not admin.can_create():
-        return  # it makes every topic by itself, at the first use
-    missing = [spec for spec in wanted if spec.name not in there]
-    if missing and not create:
-        names = ", ".join(spec.name for spec in missing)
+    end = time.monotonic() + timeout_s
+    there = admin.describe(plan.names, _left(end))
+    made: list[str] = []
+    # The task topics first: those of the group are made to match them.
+    for names in (list(plan.tasks), plan.names):
+        missing = [spec for spec in plan.specs(there) if spec.name in names and spec.name not in there]
+        if missing:
+            made += admin.create(missing, _left(end))
+            there |= _seen(admin, [spec.name for spec in missing], end)
+    return there, made
+
+
+def check_topics(admin: TopicAdmin, plan: TopicPlan, *, timeout_s: float = 20) -> list[Finding]:
+    """What is wrong with the topics of the plan, [] when all is well. On the embedded broker: with their partitions.
+
+    Raises TransportError when no broker answers within ``timeout_s``.
+    """
+    end = time.monotonic() + timeout_s
+    embedded = not admin.can_create(_left(end))
+    return find(plan, admin.describe(plan.names, _left(end)), embedded=embedded)
+
+
+def ensure_group_topics(
+    admin: TopicAdmin,
+    group: str,
+    topics: Sequence[str],
+    *,
+    create: bool = True,
+    features: frozenset[Feature] = WORKER_FEATURES,
+    servers: str | None = None,
+    timeout_s: float = 60,
+) -> None:
+    """What a worker needs of topics is there when this returns: those of its group were made if they were missing.
+
+    What is not right but works is logged as a warning. On the embedded broker only partitions are compared: it makes
+    topics by itself and keeps no settings.
+
+    Args:
+        admin: the broker.
+        group: whose topics.
+        topics: the task topics; patterns (``^...``) among them are passed over.
+        create: make what is missing of the group's topics, as good as the task topics are; False: refuse.
+        features: whose topics this worker needs.
+        servers: addresses of brokers for the commands in errors.
+        timeout_s: how long it may take altogether.
+
+    Raises:
+        ConfigurationError: a task topic is missing, or one of the group's and it may not be made, or one is such that
+            messages would get lost. The text says which, and the command that cures it; ``extra["findings"]`` has them
+            as dicts (topic, level, finding, cure).
+        TransportError: no broker answered in time.
+    """
+    end = time.monotonic() + timeout_s
+    tasks = dict.fromkeys(topic for topic in topics if not topic.startswith("^"))
+    plan = TopicPlan(group=group, tasks=tasks, features=features, used=features, servers=servers)
+    embedded = not admin.can_create(_left(end))
+    there = admin.describe(plan.names, _left(end))
+    # In memory everything begins empty, in each test: there a worker makes the task topics, too.
+    if create and not embedded and (all(task in there for task in tasks) or admin.cluster_id() == _IN_MEMORY):
+        missing = [spec for spec in plan.specs(there) if spec.name not in there]
+        there |= _make(admin, plan, missing, end)
+    findings = find(plan, there, embedded=embedded)
+    if create:
+        # One of the group's own that is missing still was left out only because a task topic is.
+        findings = [found for found in findings if found.finding != MISSING or found.topic in tasks]
+    if errors := [found for found in findings if found.level == "error"]:
+        raise _refusal(plan, errors)
+    for line in _lines(findings):
+        logger.warning("%s", line)
+
+
+def _make(admin: TopicAdmin, plan: TopicPlan, missing: Sequence[TopicSpec], end: float) -> dict[str, TopicInfo]:
+    if not missing:
+        return {}
+    try:
+        made = admin.create(missing, _left(end))
+    except Error as exc:
+        if exc.extra.get("kafka_error") not in _FORBIDDEN:
+            raise
         raise ConfigurationError(
-            f"Topics of group {group} are missing: {names}. Create them with: kser topics create --group {group}",
-            extra={"topics": [spec.name for spec in missing]},
-        )
-    for name in admin.create(missing) if missing else []:
-        logger.info("Topic %s created", name)
-    for topic in topics:
-        if topic not in there and not topic.startswith("^"):
-            logger.warning(
-                "Topic %s does not exist yet, waiting for it. To create it: kser topics create --group %s --topics %s",
-                topic,
-                group,
-                topic,
+            f"{exc.message}. Let somebody create the topics of group {plan.group} who may: {plan.create_command()}"
+        ) from exc
+    for spec in missing:
+        if spec.name in made:
+            settings = ", ".join(f"{name}={value}" for name, value in spec.config.items())
+            logger.info("Topic %s created: %s, %s", spec.name, count(spec.partitions, "partition"), settings)
+    return _seen(admin, [spec.name for spec in missing], end)
+
+
+def _seen(admin: TopicAdmin, names: Sequence[str], end: float) -> dict[str, TopicInfo]:
+    """Topics that were just made, as they are: what another worker made may be unknown to a broker for a moment."""
+    while True:
+        there = admin.describe(names, _left(end))
+        unseen = [name for name in names if name not in there]
+        if not unseen:
+            return there
+        if time.monotonic() > end:
+            raise TransportError(
+                f"{', '.join(unseen)}: created, but the brokers do not know it yet; try again", retriable=True
             )
+        time.sleep(_AGAIN_S)
 
 
-def check_topics(admin: TopicAdmin, wanted: Sequence[TopicSpec]) -> list[str]:
-    """What is wrong with the topics, one sentence each; empty when all is well.
-
-    Raises TransportError when no broker answers.
-    """
-    there = admin.describe([spec.name for spec in wanted])
-    findings: list[str] = []
-    for spec in wanted:
-        info = there.get(spec.name)
-        if info is None:
-            findings.append(f"{spec.name}: missing")
-        else:
-            findings += [f"{spec.name}: {finding}" for finding in _compare(spec, info)]
-    return findings
-
-
-def _compare(spec: TopicSpec, info: TopicInfo) -> list[str]:
-    findings = []
-    if info.partitions != spec.partitions:
-        findings.append(f"{info.partitions} partitions, expected {spec.partitions}")
-    if spec.replication is not None and info.replication != spec.replication:
-        findings.append(f"{info.replication} replicas, expected {spec.replication}")
-    if not info.config:
-        return findings  # a broker that tells no settings has none
-    kept = int(info.config.get("retention.ms", "-1"))
-    wanted = int(spec.config.get("retention.ms", "-1"))
-    if "delete" in info.config.get("cleanup.policy", "delete") and 0 <= kept < wanted:
-        findings.append(
-            f"keeps records for {_days(kept)}, less than {_days(wanted)}: what waits longer is lost; set retention.ms"
+def _refusal(plan: TopicPlan, errors: Sequence[Finding]) -> ConfigurationError:
+    missing = [found.topic for found in errors if found.finding == MISSING]
+    words = []
+    if missing:
+        words.append(
+            f"Topics of group {plan.group} are missing: {', '.join(missing)}. Create them with: {plan.create_command()}"
         )
-    if int(info.config.get("retention.bytes", "-1")) >= 0:
-        findings.append(
-            f"retention.bytes is {info.config['retention.bytes']}: a full partition loses its oldest records"
-        )
-    isr = int(info.config.get("min.insync.replicas", "1"))
-    if info.replication >= 3 and isr < 2:
-        findings.append(f"min.insync.replicas is {isr}: one broker's loss can lose confirmed records; set it to 2")
-    if info.replication < isr:
-        findings.append(f"min.insync.replicas is {isr} with {info.replication} replicas: nothing can be written")
-    return findings
+    words += _lines([found for found in errors if found.finding != MISSING])
+    return ConfigurationError(". ".join(words), extra={"findings": [asdict(found) for found in errors]})
 
 
-def _days(ms: int) -> str:
-    days = ms / _DAY_MS
-    return f"{days:.0f} days" if days >= 1 else f"{ms / 1000:.0f} s"
+def _lines(findings: Sequence[Finding]) -> list[str]:
+    """What is wrong with each topic, with the cure; one line for what has the same cure."""
+    cures: dict[tuple[str, str], list[str]] = {}
+    for found in findings:
+        cures.setdefault((found.topic, found.cure), []).append(found.finding)
+    return [f"Topic {topic}: {'; '.join(texts)}. To cure it: {cure}" for (topic, cure), texts in cures.items()]
+
+
+def _left(end: float) -> float:
+    """Seconds left, at least a little: 0 is no limit to some calls."""
+    return max(end - time.monotonic(), 0.1)

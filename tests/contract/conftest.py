@@ -71,6 +71,8 @@ class Broker:
     now_ms: Callable[[], int]
     #: A sink without transactions, which is not to be closed.
     plain: Sink
+    #: One that reports failures only.
+    quiet: Sink
     _opened: ExitStack = field(default_factory=ExitStack)
 
     def new_name(self, what: str) -> str:
@@ -90,9 +92,17 @@ class Broker:
         """What retention does. Not on the embedded broker, which cannot."""
         self._delete_before(partition, offset)
 
-    def source(self, group: str, topic: str, listener: Listener | None = None, *, hasty: bool = False) -> Source:
+    def source(
+        self,
+        group: str,
+        topic: str,
+        listener: Listener | None = None,
+        *,
+        hasty: bool = False,
+        member_id: str | None = None,
+    ) -> Source:
         """A source that has subscribed."""
-        source = (self.hasty if hasty else self.transport).source(group)
+        source = (self.hasty if hasty else self.transport).source(group, member_id=member_id)
         self._opened.callback(source.close)
         source.subscribe([topic], listener or Listener())
         return source
@@ -108,8 +118,8 @@ class Broker:
         assert early == []
         return source
 
-    def sink(self, transactional_id: str | None = None, *, hasty: bool = False) -> Sink:
-        sink = (self.hasty if hasty else self.transport).sink(transactional_id)
+    def sink(self, transactional_id: str | None = None, *, hasty: bool = False, failures_only: bool = False) -> Sink:
+        sink = (self.hasty if hasty else self.transport).sink(transactional_id, failures_only=failures_only)
         self._opened.callback(sink.close)
         return sink
 
@@ -144,11 +154,12 @@ def _memory() -> Broker:
     def create(name: str, partitions: int) -> None:
         transport.admin().create([TopicSpec(name=name, partitions=partitions)])
 
-    return Broker("memory", transport, transport, create, transport.delete_before, clock.time_ms, transport.sink())
+    plain, quiet = transport.sink(), transport.sink(failures_only=True)
+    return Broker("memory", transport, transport, create, transport.delete_before, clock.time_ms, plain, quiet)
 
 
-#: What tests of one Kafka share: a transport, the hasty one, and a sink, whose first record alone takes 0.5 s.
-Clients = tuple[Transport, Transport, Sink]
+#: What tests of one Kafka share: a transport, the hasty one, and two sinks, whose first record alone takes 0.5 s.
+Clients = tuple[Transport, Transport, Sink, Sink]
 
 
 @pytest.fixture(scope="session")
@@ -162,16 +173,18 @@ def kafka_clients() -> Iterator[Callable[[str], Clients]]:
 
             settings = {"bootstrap.servers": servers, **CLIENTS}
             transport = ConfluentTransport(settings)
-            made[servers] = (transport, ConfluentTransport(settings | HASTY), transport.sink())
+            hasty = ConfluentTransport(settings | HASTY)
+            made[servers] = (transport, hasty, transport.sink(), transport.sink(failures_only=True))
         return made[servers]
 
     yield clients
-    for _, _, sink in made.values():
-        sink.close()
+    for _, _, *sinks in made.values():
+        for sink in sinks:
+            sink.close()
 
 
 def _kafka(name: str, server: Any, clients: Clients) -> Broker:
-    transport, hasty, sink = clients
+    transport, hasty, plain, quiet = clients
 
     def delete_before(partition: Partition, offset: int) -> None:
         from confluent_kafka import TopicPartition
@@ -183,7 +196,7 @@ def _kafka(name: str, server: Any, clients: Clients) -> Broker:
     def now_ms() -> int:
         return time.time_ns() // 1_000_000
 
-    return Broker(name, transport, hasty, server.create_topic, delete_before, now_ms, sink)
+    return Broker(name, transport, hasty, server.create_topic, delete_before, now_ms, plain, quiet)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from functools import cached_property
 import pytest
 
 from kser.errors import (
+    ConfigurationError,
     FencedError,
     GroupError,
     MessageTooLargeError,
@@ -13,7 +14,7 @@ from kser.errors import (
     ValidationError,
 )
 from kser.testing import eventually
-from kser.transport import OutRecord, Partition, Position, Reader, Record, Source, TopicSpec
+from kser.transport import OutRecord, Partition, Position, Reader, Record, Sink, Source, TopicSpec
 from tests.contract.conftest import Broker, Listener
 
 #: Java's murmur2 of a key, from UtilsTest of Apache Kafka and murmur2's tests in librdkafka and kafkajs.
@@ -195,6 +196,108 @@ def test_a_closed_sink_takes_nothing_and_closing_again_does_nothing(broker: Brok
     with pytest.raises(TransportError):
         sink.produce(OutRecord(topic, b"k", b"late"))
     assert values(broker.everything(topic)) == [b"v"]
+
+
+# -- delivering many ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["plain", "quiet"])
+def delivering(request: pytest.FixtureRequest, broker: Broker) -> Sink:
+    """Both kinds of sink deliver alike."""
+    return getattr(broker, request.param)
+
+
+def test_deliver_returns_when_all_are_stored_in_the_order_given(broker: Broker, delivering: Sink):
+    topic = broker.make_topic(2)
+    sent = [OutRecord(topic, b"k%d" % (n % 7), b"%d" % n, [("n", b"%d" % n)], n % 2) for n in range(1000)]
+    assert delivering.deliver(sent) == []
+    found = broker.everything(topic)
+    for partition in range(2):
+        assert [r.value for r in found if r.partition == partition] == [b"%d" % n for n in range(partition, 1000, 2)]
+    assert all(r.headers == [("n", r.value)] or tuple(r.headers) == (("n", r.value),) for r in found)
+    assert delivering.deliver([]) == []
+    assert delivering.flush(0) == 0
+
+
+def test_deliver_gives_what_was_refused_by_index_and_stores_the_rest(broker: Broker, delivering: Sink):
+    topic = broker.make_topic()
+    records = [OutRecord(topic, b"k", b"%d" % n) for n in range(6)]
+    records[1] = OutRecord(topic, b"k", b"x" * 2_000_000)
+    records[3] = OutRecord(topic, b"k", 5)  # type: ignore[arg-type]  # no bytes
+    failures = delivering.deliver(records)
+    assert [index for index, _ in failures] == [1, 3]
+    (_, large), (_, malformed) = failures
+    assert isinstance(large, MessageTooLargeError)
+    assert large.extra["size"] >= 2_000_000
+    assert isinstance(malformed, ValidationError)
+    assert topic in malformed.message
+    assert values(broker.everything(topic)) == [b"0", b"2", b"4", b"5"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "quiet"])
+def test_deliver_gives_those_for_a_topic_that_does_not_exist(exact_broker: Broker, kind: str):
+    topic, missing = exact_broker.make_topic(), exact_broker.new_name("missing")
+    records = [OutRecord(missing if n in (0, 2) else topic, b"k", b"%d" % n) for n in range(4)]
+    failures = getattr(exact_broker, kind).deliver(records)
+    assert [index for index, _ in failures] == [0, 2]
+    for _, error in failures:
+        assert isinstance(error, TransportError)
+        assert missing in error.message
+        assert not error.retriable
+    assert values(exact_broker.everything(topic)) == [b"1", b"3"]
+
+
+def test_deliver_gives_those_for_a_partition_that_does_not_exist(broker: Broker, delivering: Sink):
+    topic = broker.make_topic()
+    records = [OutRecord(topic, b"k", b"%d" % n, partition=7 if n == 1 else None) for n in range(3)]
+    failures = delivering.deliver(records)
+    assert [(index, type(error)) for index, error in failures] == [(1, TransportError)]
+    assert values(broker.everything(topic)) == [b"0", b"2"]
+
+
+def test_deliver_waits_for_what_was_produced_before_and_its_callbacks_come_all_the_same(broker: Broker):
+    topic = broker.make_topic()
+    sink, told = broker.plain, []
+    sink.produce(OutRecord(topic, b"k", b"first"), told.append)
+    assert sink.deliver([OutRecord(topic, b"k", b"second")]) == []
+    assert sink.flush(20) == 0
+    assert told == [None]
+    assert values(broker.everything(topic)) == [b"first", b"second"]
+
+
+def test_deliver_is_not_for_transactions_nor_for_a_closed_sink(broker: Broker):
+    topic = broker.make_topic()
+    with pytest.raises(TransportError, match="deliver"):
+        broker.sink(broker.new_name("tx")).deliver([OutRecord(topic, b"k", b"v")])
+    sink = broker.sink()
+    sink.close()
+    for call in (sink.deliver, sink.produce_all):
+        with pytest.raises(TransportError, match="closed"):
+            call([OutRecord(topic, b"k", b"v")])
+    assert broker.everything(topic) == []
+
+
+def test_a_sink_of_failures_only_calls_back_for_those(exact_broker: Broker):
+    topic, missing = exact_broker.make_topic(), exact_broker.new_name("missing")
+    sink, told = exact_broker.quiet, []
+    sink.produce(OutRecord(topic, b"k", b"v"), told.append)
+    assert sink.flush(20) == 0
+    assert told == []
+    sink.produce(OutRecord(missing, b"k", b"v"), told.append)
+    assert sink.flush(20) == 0
+    assert [type(error) for error in told] == [TransportError]
+    assert values(exact_broker.everything(topic)) == [b"v"]
+
+
+def test_produce_all_hands_over_until_one_is_refused_and_says_which(broker: Broker, delivering: Sink):
+    topic = broker.make_topic()
+    sink = delivering
+    for culprit, kind in ((b"x" * 2_000_000, MessageTooLargeError), (5, ValidationError)):
+        with pytest.raises(kind) as caught:
+            sink.produce_all([OutRecord(topic, b"k", value) for value in (b"0", b"1", culprit, b"3")])
+        assert caught.value.extra["index"] == 2
+    assert sink.flush(20) == 0
+    assert values(broker.everything(topic)) == [b"0", b"1", b"0", b"1"]
 
 
 # -- groups ------------------------------------------------------------------------------------------------------------
@@ -474,8 +577,75 @@ def test_a_closed_source_has_left_and_closing_again_does_nothing(broker: Broker)
 
 def test_a_source_that_never_subscribed_can_be_closed_and_has_not_joined(broker: Broker):
     source = broker.transport.source(broker.new_name("g"))
+    assert not source.joined
     assert not source.member().joined
     source.close()
+
+
+def test_a_member_that_gets_no_partition_has_joined_all_the_same(broker: Broker):
+    topic, group = broker.make_topic(), broker.new_name("g")
+    told = Listener()
+    first = broker.joined(group, topic)
+    assert first.joined
+    second = broker.source(group, topic, told)
+    assert not second.joined
+    eventually(lambda: first.poll(0.05) or second.poll(0.05) or second.joined, 30, "joined")
+    assert len(first.assignment() + second.assignment()) == 1
+    first.close()
+    second.close()
+    assert not first.joined
+    assert not second.joined
+
+
+# -- static members ----------------------------------------------------------------------------------------------------
+
+
+def test_of_two_static_members_of_one_name_the_first_is_told_and_loses_all(exact_broker: Broker):
+    topic, group, told = exact_broker.make_topic(2), exact_broker.new_name("g"), Listener()
+    both = [Partition(topic, 0), Partition(topic, 1)]
+    first = exact_broker.source(group, topic, told, member_id="slot-1")
+    eventually(lambda: first.poll(0.05) == [] and len(first.assignment()) == 2, 30)
+    second = exact_broker.source(group, topic, member_id="slot-1")
+    eventually(lambda: second.poll(0.05) == [] and len(second.assignment()) == 2, 30, "taken over")
+    for _ in range(2):
+        with pytest.raises(GroupError, match=r"took over this name|took over the name slot-1"):
+            eventually(lambda: first.poll(0.05), 20)
+    assert sorted(told.partitions("lost")) == both
+    assert first.assignment() == []
+    assert not first.joined
+    with pytest.raises(GroupError):
+        eventually(lambda: first.poll(0.05), 1)
+    exact_broker.send(topic, b"v", partition=1)
+    assert values(take(second, 1)) == [b"v"]
+    second.commit([Position(topic, 1, 1)])
+
+
+def test_a_static_member_that_comes_again_has_its_partitions_and_the_other_one_learns_nothing_of_it(
+    exact_broker: Broker,
+):
+    topic, group, told = exact_broker.make_topic(2), exact_broker.new_name("g"), Listener()
+    named = exact_broker.source(group, topic, member_id="slot-1")
+    eventually(lambda: named.poll(0.05) or len(named.assignment()) == 2, 30)
+    other = exact_broker.source(group, topic, told)
+
+    def shared() -> bool:
+        named.poll(0.05)
+        other.poll(0.05)
+        return len(named.assignment()) == len(other.assignment()) == 1
+
+    eventually(shared, 30)
+    (kept,) = named.assignment()
+    seen = list(told.told)
+    named.close()
+    again = exact_broker.source(group, topic, member_id="slot-1")
+    eventually(lambda: other.poll(0.05) == [] and again.poll(0.05) == [] and again.assignment(), 30)
+    assert again.assignment() == [kept]
+    assert told.told == seen
+
+
+def test_a_name_that_kafka_does_not_take_is_refused(broker: Broker):
+    with pytest.raises(ConfigurationError, match="no blanks"):
+        broker.transport.source("g", member_id="no blanks")
 
 
 # -- readers -----------------------------------------------------------------------------------------------------------
@@ -799,13 +969,44 @@ def test_a_transaction_with_a_record_that_failed_can_only_be_aborted(bench: Benc
     bench.sink.begin()
     bench.write(bench.sink, b"half")
     bench.sink.produce(OutRecord(bench.broker.new_name("missing"), b"k", b"v"))
-    with pytest.raises(TransportError):
+    with pytest.raises(TransportError) as caught:
         bench.sink.commit()
+    assert caught.value.extra["abort"] is True
+    assert isinstance(caught.value.extra["record"], TransportError)
     bench.sink.abort()
     bench.sink.begin()
     bench.write(bench.sink, b"whole")
     bench.sink.commit()
     assert values(take(bench.reader, 1)) == [b"whole"]
+
+
+@pytest.mark.parametrize("failures_only", [True, False])
+def test_a_transaction_of_many_records_shows_all_of_them_or_none(exact_broker: Broker, failures_only: bool):
+    topic, missing = exact_broker.make_topic(), exact_broker.new_name("missing")
+    sink = exact_broker.sink(exact_broker.new_name("tx"), failures_only=failures_only)
+    with pytest.raises(TransportError) as caught:
+        sink.produce_all([OutRecord(topic, b"k", b"outside")])
+    assert caught.value.extra["index"] == 0
+    sink.begin()
+    sink.produce_all([OutRecord(topic, b"k", b"first")])
+    with pytest.raises(MessageTooLargeError) as caught:
+        sink.produce_all([OutRecord(topic, b"k", b"never"), OutRecord(topic, b"k", b"x" * 2_000_000)])
+    assert caught.value.extra["index"] == 1
+    sink.abort()
+    sink.begin()
+    sink.produce_all([OutRecord(topic, b"k", b"never")] * 3)
+    sink.produce_all([OutRecord(topic, b"k", b"never"), OutRecord(missing, b"k", b"never")])
+    with pytest.raises(TransportError) as caught:
+        sink.commit()
+    assert caught.value.extra["abort"] is True
+    assert caught.value.extra["record"].extra["index"] == 4
+    assert missing in caught.value.extra["record"].message
+    sink.abort()
+    assert exact_broker.everything(topic) == []
+    sink.begin()
+    sink.produce_all([OutRecord(topic, b"k", b"%d" % n) for n in range(1000)])
+    sink.commit()
+    assert values(exact_broker.everything(topic)) == [b"%d" % n for n in range(1000)]
 
 
 def test_offsets_of_a_member_of_an_earlier_generation_are_refused(bench: Bench):

@@ -161,6 +161,7 @@ def test_without_a_broker_a_source_waits_and_leaves_in_time():
     source.subscribe(["t"], Listener())
     assert source.poll(0.5) == []
     assert source.assignment() == []
+    assert not source.joined
     assert not source.member().joined
     started = time.monotonic()
     source.close(2)
@@ -281,6 +282,174 @@ def test_a_producer_that_lost_its_place_is_renewed_and_the_record_may_be_sent_ag
     problem = confirmed(b"1")
     assert problem is None or (isinstance(problem, TransportError) and problem.retriable)
     assert confirmed(b"2") is None
+
+
+def test_flush_tells_every_callback_of_what_a_fatal_error_took_along(broker, opened: ExitStack):
+    """confluent-kafka leaves an exception behind that would come out of the first callback, or of flush() itself."""
+    sink, told = connect(broker).sink(), []
+    opened.callback(sink.close)
+    sink.produce(OutRecord("t", b"k", b"0"), told.append)
+    assert sink.flush(20) == 0
+    broker.fail_next("Produce", KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER)
+    for n in range(1, 6):
+        sink.produce(OutRecord("t", b"k", b"%d" % n), told.append)
+    eventually(lambda: sink.flush(0.5) == 0, 20)
+    assert told[0] is None
+    assert [isinstance(error, TransportError) and error.retriable for error in told[1:]] == [True] * 5
+    assert sink.deliver([OutRecord("t", b"k", b"after")], 20) == []
+
+
+# -- delivering many ---------------------------------------------------------------------------------------------------
+
+
+def batch(topic: str, *values: bytes) -> list[OutRecord]:
+    return [OutRecord(topic, b"k", value) for value in values]
+
+
+def test_deliver_during_an_outage_gives_all_up_in_time_and_none_of_them_arrives_later(broker, opened: ExitStack):
+    transport = connect(broker)
+    sink = transport.sink(failures_only=True)
+    opened.callback(sink.close)
+    assert sink.deliver(batch("t", b"before")) == []
+    broker.broker_down(1)
+    started = time.monotonic()
+    failures = sink.deliver(batch("t", b"0", b"1"), 1)
+    assert time.monotonic() - started < 3
+    assert [index for index, _ in failures] == [0, 1]
+    assert all(isinstance(error, DeliveryError) and error.retriable for _, error in failures)
+    assert sink.flush(0) == 0
+    broker.broker_up(1)
+    assert sink.deliver(batch("t", b"after"), 20) == []
+    assert everything(transport, "t") == [b"before", b"after"]
+
+
+def test_deliver_gives_up_what_the_broker_does_not_answer_and_the_next_one_is_not_held_up(broker, opened: ExitStack):
+    transport = connect(broker)
+    sink = transport.sink(failures_only=True)
+    opened.callback(sink.close)
+    assert sink.deliver(batch("t", b"before")) == []
+    broker.rtt(1, 4000)
+    started = time.monotonic()
+    failures = sink.deliver(batch("t", b"lost"), 0.5)
+    assert time.monotonic() - started < 3
+    assert [(index, type(error)) for index, error in failures] == [(0, DeliveryError)]
+    assert "may have been stored" in failures[0][1].message
+    broker.rtt(1, 0)
+    assert sink.deliver(batch("t", b"after"), 20) == []
+    found = everything(transport, "t")
+    assert (found[0], found[-1]) == (b"before", b"after")
+    assert set(found) <= {b"before", b"lost", b"after"}
+
+
+def test_deliver_without_a_broker_gives_all_up_in_time(opened: ExitStack):
+    sink = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{unused_port()}"}).sink(failures_only=True)
+    opened.callback(lambda: sink.close(1))
+    started = time.monotonic()
+    failures = sink.deliver(batch("t", *(b"%d" % n for n in range(100))), 1)
+    assert time.monotonic() - started < 3
+    assert [(index, type(error)) for index, error in failures] == [(n, DeliveryError) for n in range(100)]
+
+
+def test_a_client_that_the_broker_refuses_is_told_why_by_deliver_long_before_its_timeout(apache, opened: ExitStack):
+    credentials = {"sasl.mechanism": "PLAIN", "sasl.username": "kser", "sasl.password": "hunter2"}
+    sink = connect(apache, **{"security.protocol": "sasl_plaintext", **credentials}).sink(failures_only=True)
+    opened.callback(lambda: sink.close(1))
+    started = time.monotonic()
+    ((index, error),) = sink.deliver(batch("t", b"v"), 30)
+    assert time.monotonic() - started < 10
+    assert index == 0
+    assert isinstance(error, ConfigurationError)
+    assert "check sasl.mechanism" in error.message
+    assert "hunter2" not in error.message
+
+
+@pytest.mark.parametrize("how", ["deliver", "produce_all"])
+def test_more_records_than_the_buffer_holds_are_written_as_room_comes(embedded, opened: ExitStack, how: str):
+    transport, topic = connect(embedded, **{"queue.buffering.max.messages": 50}), make_topic(embedded, 1)
+    sink = transport.sink(failures_only=True)
+    opened.callback(sink.close)
+    sent = [b"%d" % n for n in range(1000)]
+    assert not getattr(sink, how)(batch(topic, *sent))
+    assert sink.flush(20) == 0
+    assert everything(transport, topic) == sent
+
+
+def test_what_found_no_room_in_time_was_given_up_too(broker, opened: ExitStack):
+    transport = connect(broker, **{"queue.buffering.max.messages": 50})
+    sink = transport.sink(failures_only=True)
+    opened.callback(sink.close)
+    assert sink.deliver(batch("t", b"before")) == []
+    broker.broker_down(1)
+    failures = sink.deliver(batch("t", *(b"%d" % n for n in range(80))), 1)
+    assert [index for index, _ in failures] == list(range(80))
+    assert all(isinstance(error, DeliveryError) for _, error in failures)
+    broker.broker_up(1)
+    assert sink.deliver(batch("t", b"after"), 20) == []
+    assert everything(transport, "t") == [b"before", b"after"]
+
+
+@pytest.mark.parametrize("code", ["OUT_OF_ORDER_SEQUENCE_NUMBER", "INVALID_PRODUCER_EPOCH", "UNKNOWN_PRODUCER_ID"])
+@pytest.mark.parametrize("failures_only", [True, False])
+def test_deliver_outlives_a_producer_that_lost_its_place(broker, opened: ExitStack, code: str, failures_only: bool):
+    transport = connect(broker)
+    sink = transport.sink(failures_only=failures_only)
+    opened.callback(sink.close)
+    assert sink.deliver(batch("t", b"0")) == []
+    broker.fail_next("Produce", getattr(KafkaError, code))
+    failures = sink.deliver(batch("t", b"1", b"2"), 20)
+    assert all(isinstance(error, TransportError) and error.retriable for _, error in failures)
+    assert sink.deliver([OutRecord("t", b"k", b"%d" % (index + 1)) for index, _ in failures], 20) == []
+    assert sink.deliver(batch("t", b"3"), 20) == []
+    found = everything(transport, "t")
+    assert found == [b"0", b"1", b"2", b"3"]
+
+
+def test_a_batch_that_the_broker_refuses_for_one_record_fails_for_that_one_only(apache, opened: ExitStack):
+    transport, topic = connect(apache), unique("small")
+    transport.admin().create([TopicSpec(name=topic, partitions=1, config={"max.message.bytes": "10000"})])
+    sink = transport.sink(failures_only=True)
+    opened.callback(sink.close)
+    ((index, error),) = sink.deliver(batch(topic, b"0", b"1", os.urandom(20_000), b"3"))
+    assert index == 2
+    assert isinstance(error, MessageTooLargeError)
+    assert sorted(v or b"" for v in everything(transport, topic)) == [b"0", b"1", b"3"]
+
+
+def test_deliver_inside_a_callback_is_refused(embedded, opened: ExitStack):
+    """It would crash the client."""
+    topic, sink, problems = make_topic(embedded), connect(embedded).sink(), []
+    opened.callback(sink.close)
+
+    def misuse(_: Error | None) -> None:
+        try:
+            sink.deliver(batch(topic, b"v"))
+        except TransportError as exc:
+            problems.append(exc.message)
+
+    sink.produce(OutRecord(topic, b"k", b"v"), misuse)
+    assert sink.flush(20) == 0
+    assert len(problems) == 1
+    assert "inside an on_delivery" in (problems[0] or "")
+
+
+def test_threads_may_deliver_through_one_sink(embedded, opened: ExitStack):
+    transport, topic = connect(embedded), make_topic(embedded, 1)
+    sink = transport.sink(failures_only=True)
+    opened.callback(sink.close)
+    outcomes: list[list[tuple[int, Error]]] = []
+
+    def work(number: int) -> None:
+        for n in range(10):
+            records = batch(topic, *(b"%d/%d/%d" % (number, n, m) for m in range(20)), b"x" * 2_000_000)
+            outcomes.append(sink.deliver(records))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [[index for index, _ in outcome] for outcome in outcomes] == [[20]] * 40
+    assert len(set(everything(transport, topic))) == 800
 
 
 # -- callbacks ---------------------------------------------------------------------------------------------------------
@@ -480,13 +649,10 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kind", GROUPS)
-def test_what_a_killed_member_had_not_committed_is_given_to_the_next(apache, opened: ExitStack, kind: str):
-    transport = connect(apache, **GROUPS[kind])
-    topic, group = make_topic(apache, 1), unique("g")
-    send(transport, topic, *(b"%d" % n for n in range(10)))
+def kill_after_commit(apache, topic: str, group: str, properties: dict[str, object]) -> None:
+    """A member in a process of its own takes ten records, commits behind the fourth, and is killed."""
     child = subprocess.Popen(
-        [sys.executable, "-c", MEMBER, apache.bootstrap_servers, topic, group, repr(GROUPS[kind])],
+        [sys.executable, "-c", MEMBER, apache.bootstrap_servers, topic, group, repr(properties)],
         stdout=subprocess.PIPE,
         env=environment(),
     )
@@ -498,6 +664,14 @@ def test_what_a_killed_member_had_not_committed_is_given_to_the_next(apache, ope
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_what_a_killed_member_had_not_committed_is_given_to_the_next(apache, opened: ExitStack, kind: str):
+    transport = connect(apache, **GROUPS[kind])
+    topic, group = make_topic(apache, 1), unique("g")
+    send(transport, topic, *(b"%d" % n for n in range(10)))
+    kill_after_commit(apache, topic, group, GROUPS[kind])
     heir = subscribed(opened, transport, group, topic)
     assert take(heir, 6, seconds=40) == [b"%d" % n for n in range(4, 10)]
     assert heir.committed([Partition(topic, 0)]) == [Position(topic, 0, 4, "of the dead")]
@@ -609,15 +783,127 @@ def test_a_static_member_that_was_replaced_is_told_so_and_has_lost_its_partition
     assert new.assignment() == [Partition(topic, 0)]
 
 
-def test_under_kip_848_a_static_member_waits_for_the_name_its_predecessor_still_holds(apache, opened: ExitStack):
-    transport = connect(apache, **GROUPS["kip848"], **{"group.instance.id": "me"})
+def test_under_kip_848_a_static_member_waits_for_the_name_that_its_dead_predecessor_holds(
+    apache, opened: ExitStack, caplog
+):
+    settings = {**GROUPS["kip848"], "group.instance.id": "me"}
     topic, group = make_topic(apache, 1), unique("g")
-    old = joined(opened, transport, group, topic)
-    new = subscribed(opened, transport, group, topic)
-    with pytest.raises(GroupError) as caught:
-        eventually(lambda: old.poll(0.01) or new.poll(0.05), 20)
-    assert caught.value.retriable
-    assert old.assignment() == [Partition(topic, 0)]
+    transport = connect(apache, **settings)
+    send(transport, topic, *(b"%d" % n for n in range(10)))
+    kill_after_commit(apache, topic, group, settings)
+    heir = connect(apache, **GROUPS["kip848"]).source(group, member_id="me")
+    opened.callback(heir.close)
+    heir.subscribe([topic], Listener())
+    assert heir.poll(0.2) == []
+    assert not heir.joined
+    assert take(heir, 6, seconds=30) == [b"%d" % n for n in range(4, 10)]
+    assert heir.joined
+    assert len([r for r in caplog.records if "The name me" in r.message and r.levelname == "WARNING"]) == 1
+
+
+def test_under_kip_848_a_static_member_gives_up_when_its_name_is_that_of_a_live_one(
+    apache, opened: ExitStack, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("kser.confluent.source._NAME_SESSIONS", 0.5)
+    transport = connect(apache, **GROUPS["kip848"])
+    topic, group = make_topic(apache, 1), unique("g")
+    old, new = (transport.source(group, member_id="me") for _ in range(2))
+    for source in (old, new):
+        opened.callback(source.close)
+        source.subscribe([topic], Listener())
+        eventually(lambda s=source: s.poll(0.05) == [] and (s is new or s.assignment()), 20)
+    started = time.monotonic()
+    for _ in range(2):
+        with pytest.raises(GroupError, match=r"alive has the name me \(group\.instance\.id\)"):
+            eventually(lambda: old.poll(0.01) or new.poll(0.05), 20)
+    assert 2 < time.monotonic() - started < 10  # half of the session timeout of 6 s that the broker told
+    send(transport, topic, b"v")
+    assert take(old, 1) == [b"v"]
+
+
+# -- what librdkafka does otherwise than one would think (KAFKA.md section 0) ------------------------------------------
+
+
+class Elsewhere(Listener):
+    """Settles in on_revoke, by a transaction."""
+
+    def __init__(self, sink, position: Position) -> None:
+        super().__init__()
+        self.sink, self.position = sink, position
+        self.source: Source | None = None
+
+    def on_revoke(self, partitions: Sequence[Partition]) -> None:
+        super().on_revoke(partitions)
+        assert self.source is not None
+        self.sink.begin()
+        self.sink.send_offsets([self.position], self.source.member())
+        self.sink.commit()
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_what_is_settled_in_on_revoke_while_closing_is_stored(apache, opened: ExitStack, kind: str):
+    """Finding 13: the client's own close() leaves first under KIP-848."""
+    transport = connect(apache, **GROUPS[kind])
+    topic, group = make_topic(apache, 1), unique("g")
+    sink = transport.sink(unique("tx"))
+    opened.callback(sink.close)
+    position = Position(topic, 0, 1, "settled while closing")
+    listener = Elsewhere(sink, position)
+    listener.source = source = subscribed(opened, transport, group, topic, listener)
+    send(transport, topic, b"v")
+    assert take(source, 1) == [b"v"]
+    source.close()
+    assert listener.told[-1] == ("revoke", [Partition(topic, 0)])
+    assert joined(opened, transport, group, topic).committed([Partition(topic, 0)]) == [position]
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_pause_does_not_outlive_its_assignment(apache, opened: ExitStack, kind: str):
+    """Finding 3: librdkafka keeps it over a revocation."""
+    transport = connect(apache, **GROUPS[kind])
+    topic, other, group = make_topic(apache, 1), make_topic(apache, 1), unique("g")
+    source = joined(opened, transport, group, topic)
+    source.pause(source.assignment())
+    source.subscribe([other], Listener())
+    eventually(lambda: source.poll(0.05) or source.assignment() == [Partition(other, 0)], 30)
+    source.subscribe([topic], Listener())
+    send(transport, topic, b"v")
+    assert take(source, 1, seconds=30) == [b"v"]
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_offsets_of_who_is_in_no_group_move_nothing(apache, opened: ExitStack, kind: str):
+    """Finding 4: a classic group would take them over the head of their owner."""
+    transport = connect(apache, **GROUPS[kind])
+    topic, group = make_topic(apache, 1), unique("g")
+    owner = joined(opened, transport, group, topic)
+    owner.commit([Position(topic, 0, 0, "the owner's")])
+    sink, outsider = transport.sink(unique("tx")), transport.source(group)
+    opened.callback(sink.close)
+    opened.callback(outsider.close)
+    member = outsider.member()
+    assert not member.joined
+    sink.begin()
+    with pytest.raises(GroupError):
+        sink.send_offsets([Position(topic, 0, 5)], member)
+    with pytest.raises(TransportError):
+        sink.commit()
+    sink.abort()
+    assert owner.committed([Partition(topic, 0)]) == [Position(topic, 0, 0, "the owner's")]
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_static_member_of_a_worker_that_left_is_taken_over_at_once(apache, opened: ExitStack, kind: str):
+    transport = connect(apache, **GROUPS[kind])
+    topic, group = make_topic(apache, 1), unique("g")
+    for _ in range(2):
+        source = transport.source(group, member_id="me")
+        opened.callback(source.close)
+        source.subscribe([topic], Listener())
+        started = time.monotonic()
+        eventually(lambda s=source: s.poll(0.05) == [] and s.assignment(), 20)
+        assert time.monotonic() - started < 5  # the session timeout of KIP-848 is 6 s here
+        source.close()
 
 
 def test_a_polling_source_starves_nobody(embedded, opened: ExitStack):

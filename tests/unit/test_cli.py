@@ -25,10 +25,10 @@ from kser.cli.connection import Drivers, parse_topic
 from kser.cli.demo_table import TableView
 from kser.cli.demo_view import DemoView
 from kser.cli.dice import DiceLaunch, DiceRoll
-from kser.cli.load import find_class, load
 from kser.cli.main import cli
 from kser.errors import TransportError, ValidationError
 from kser.events import Event, EventType, OperationView, events_topic
+from kser.loading import find_class, load
 from kser.producer import BaseProducer
 from kser.transport import OutRecord, TopicSpec
 from kser.transport.memory import MemoryTransport

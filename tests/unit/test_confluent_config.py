@@ -187,6 +187,55 @@ def test_groups_balance_cooperatively_unless_the_user_chose():
     assert is_incremental(new)
 
 
+@pytest.mark.parametrize("given", ["consumer", "Consumer", " CONSUMER"])
+def test_the_protocol_of_kip_848_is_used_however_it_is_written(given):
+    config = consumer_config(checked(BROKER | {"group.protocol": given}), "g")
+    assert config["group.protocol"] == "consumer"
+    assert config["isolation.level"] == "read_committed"
+    assert is_incremental(config)
+    new_client(Consumer, config).close()
+
+
+def test_members_balance_cooperatively_with_the_classic_protocol_written_in_capitals():
+    config = consumer_config(checked(BROKER | {"group.protocol": "CLASSIC"}), "g")
+    assert config["partition.assignment.strategy"] == "cooperative-sticky"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"session.timeout.ms": 9000},
+        {"heartbeat.interval.ms": 300},
+        {"partition.assignment.strategy": "range"},
+        {"group.protocol.type": "consumer"},
+    ],
+)
+def test_what_the_broker_decides_under_kip_848_is_refused_by_name(other):
+    (name,) = other
+    message = refused(BROKER | {"group.protocol": "consumer"} | other)
+    assert name in message
+    assert "group.protocol=consumer" in message
+
+
+def test_the_name_of_a_static_member_wins_over_the_setting_and_is_checked():
+    user = checked(BROKER | {"group.instance.id": "theirs"})
+    assert consumer_config(user, "g")["group.instance.id"] == "theirs"
+    assert consumer_config(user, "g", member_id="slot-1")["group.instance.id"] == "slot-1"
+    for kip848 in (False, True):
+        new_client(Consumer, consumer_config(user, "g", kip848=kip848, member_id="slot-1")).close()
+    with pytest.raises(ConfigurationError, match="name of a member"):
+        consumer_config(user, "g", member_id="no blanks")
+
+
+@pytest.mark.parametrize("transactional_id", [None, "tx"])
+def test_a_producer_of_failures_only_is_told_so_and_only_that_one(transactional_id):
+    user = checked(BROKER)
+    config = producer_config(user, transactional_id, failures_only=True)
+    assert config["delivery.report.only.error"] is True
+    new_client(Producer, config)
+    assert "delivery.report.only.error" not in producer_config(user, transactional_id)
+
+
 def test_where_kip_848_is_wanted_settings_of_the_classic_protocol_give_way_and_the_users_choice_does_not():
     user = checked(BROKER | {"session.timeout.ms": 6000, "heartbeat.interval.ms": 300})
     config = consumer_config(user, "g", kip848=True)

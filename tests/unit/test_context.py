@@ -10,13 +10,14 @@ import pytest
 
 from kser import Operation, Result, Task
 from kser.context import (
+    Scope,
     current_delivery,
     current_task,
-    delivering,
     derive_uuid,
     id_scope,
     new_uuid,
     random_uuid,
+    within,
 )
 
 PARENT = "872c3be0-51ac-457f-a4d9-12c2f7667b80"
@@ -91,14 +92,14 @@ def test_an_async_run_sees_its_task():
     assert Waits().execute().retval == {"same": [True, True, True]}
 
 
-def test_delivering_ends_with_its_block():
+def test_a_scope_ends_with_its_block():
     class Delivery:
         def send(self, kmsg, topic, key):
             return Result()
 
     outer, inner = Delivery(), Delivery()
-    with delivering(outer):
-        with pytest.raises(ValueError, match="x"), delivering(inner):
+    with within(Scope(outer)):
+        with pytest.raises(ValueError, match="x"), within(Scope(inner)):
             assert current_delivery() is inner
             raise ValueError("x")
         assert current_delivery() is outer

@@ -475,12 +475,101 @@ def test_a_failed_delivery_lets_a_transaction_only_be_aborted(transport):
     sink.begin()
     sink.produce(OutRecord("t", b"k", b"lost"))
     sink.produce(OutRecord("t", b"k", b"half"))
-    with pytest.raises(DeliveryError):
+    with pytest.raises(TransportError) as caught:
         sink.commit()
+    assert caught.value.extra == {"abort": True, "record": error}
     sink.abort()
     sink.begin()
     sink.commit()
     assert transport.records("t") == []
+
+
+def test_a_transaction_whose_offsets_were_not_sent_cannot_be_committed_until_they_are(transport):
+    """Else its records would come again with the next settling."""
+    source, sink = joined(transport), transport.sink("tx")
+    transport.fail_next("send_offsets", TransportError("lost on the way", retriable=True))
+    sink.begin()
+    sink.produce(OutRecord("t", b"k", b"v"))
+    with pytest.raises(TransportError, match="lost on the way"):
+        sink.send_offsets([Position("t", 0, 1)], source.member())
+    with pytest.raises(TransportError, match="has not got its offsets"):
+        sink.commit()
+    sink.send_offsets([Position("t", 0, 1)], source.member())
+    sink.commit()
+    assert transport.positions("g") == [Position("t", 0, 1)]
+
+
+def test_deliver_gives_the_faults_of_single_records_by_index(transport):
+    refused, lost = TransportError("refused"), DeliveryError("not in time")
+    transport.fail_next("produce", refused)
+    transport.fail_next("delivery", lost)
+    sink = transport.sink()
+    assert sink.deliver([OutRecord("t", b"k", b"%d" % n) for n in range(3)]) == [(0, refused), (1, lost)]
+    assert values(transport.records("t")) == [b"2"]
+
+
+# -- static members ----------------------------------------------------------------------------------------------------
+
+
+def test_a_static_member_that_closed_keeps_its_partitions_until_the_session_timeout(transport, clock):
+    named = transport.source("g", member_id="a")
+    named.subscribe(["t"], Listener())
+    named.poll(0)
+    other = transport.source("g")
+    other.subscribe(["t"], Listener())
+    eventually(lambda: named.poll(0) or other.poll(0) or len(other.assignment()) == 1, 5)
+    named.close()
+    clock.advance(5)
+    other.poll(0)
+    assert len(other.assignment()) == 1
+    clock.advance(2)
+    other.poll(0)
+    assert len(other.assignment()) == 2
+
+
+def test_a_static_member_that_comes_again_takes_its_place_and_nobody_else_is_disturbed(transport):
+    first = transport.source("g", member_id="a")
+    first.subscribe(["t"], Listener())
+    first.poll(0)
+    told = Listener()
+    other = transport.source("g")
+    other.subscribe(["t"], told)
+    eventually(lambda: first.poll(0) or other.poll(0) or len(other.assignment()) == 1, 5)
+    kept, before, member = first.assignment(), list(told.told), other.member()
+    first.close()
+    again = transport.source("g", member_id="a")
+    again.subscribe(["t"], Listener())
+    again.poll(0)
+    other.poll(0)
+    assert again.assignment() == kept
+    assert told.told == before
+    assert other.member() == member
+
+
+def test_a_static_member_that_was_replaced_may_not_commit(transport):
+    first = transport.source("g", member_id="a")
+    first.subscribe(["t"], Listener())
+    first.poll(0)
+    stale = first.member()
+    second = transport.source("g", member_id="a")
+    second.subscribe(["t"], Listener())
+    second.poll(0)
+    sink = transport.sink("tx")
+    sink.begin()
+    with pytest.raises(GroupError):
+        sink.send_offsets([Position("t", 0, 1)], stale)
+    with pytest.raises(GroupError):
+        first.commit([Position("t", 0, 1)])
+    assert not first.joined
+    first.close()
+    assert P0 in second.assignment()
+    second.commit([Position("t", 0, 1)])
+
+
+@pytest.mark.parametrize("name", ["", "no blank", "x" * 250, "..", 5])
+def test_a_name_that_kafka_does_not_take_is_refused(transport, name):
+    with pytest.raises(ConfigurationError):
+        transport.source("g", member_id=name)
 
 
 @pytest.mark.parametrize("operation", ["poll", "committed", "watermarks", "produce", "begin", "send_offsets", "abort"])

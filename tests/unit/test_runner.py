@@ -13,8 +13,6 @@ from kser.context import current_delivery, derive_uuid
 from kser.errors import InternalError
 from kser.events import Event, EventType
 from kser.sequencing.itinerary import METADATA_KEY
-from kser.transport import Partition, Position
-from kser.worker.offsets import PartitionState
 from kser.worker.runner import GROUP_HEADER, Runner
 from tests.unit.fakes import Group, raw, record
 
@@ -79,7 +77,6 @@ def test_a_lone_task_is_run_and_told(runner, registry):
     assert (event.type, event.uuid, event.entrypoint, event.status) == (EventType.STEP_DONE, U, Echo.path, "SUCCESS")
     assert (event.operation, event.parent, event.worker, event.ends) == (None, None, "w1", True)
     assert (event.result.stdout, event.result.retval) == ("ok", {"a": 1})
-    assert runner.doing == f"{Echo.path}[{U}]"
 
 
 def test_a_task_that_fails_is_told_so(runner, registry, caplog):
@@ -473,41 +470,3 @@ def test_the_runners_own_context_ends_with_the_record(runner, note):
 
 
 # -- offsets ---------------------------------------------------------------------------------------------------------
-
-
-def state():
-    return PartitionState(Partition("t", 3))
-
-
-def test_nothing_is_committable_before_something_was_taken_and_settled():
-    partition = state()
-    assert partition.committable() is None
-    assert partition.take(5)
-    assert partition.committable() == Position("t", 3, 5)  # where the next owner has to start
-    partition.settled(5)
-    assert partition.committable() == Position("t", 3, 6)
-    partition.committed = 6
-    assert partition.committable() is None
-
-
-def test_a_record_that_comes_again_is_not_taken_twice():
-    partition = state()
-    assert [partition.take(offset) for offset in (7, 8, 7, 8, 9)] == [True, True, False, False, True]
-
-
-@given(st.lists(st.integers(0, 60), min_size=1, unique=True).map(sorted), st.randoms(use_true_random=False))
-@settings(deadline=None)
-def test_the_committable_offset_is_the_lowest_unfinished_one_whatever_the_gaps(offsets, random):
-    partition = state()
-    assert all(partition.take(offset) for offset in offsets)
-    left, order = set(offsets), list(offsets)
-    random.shuffle(order)
-    before = -1
-    for offset in order:
-        partition.settled(offset)
-        left.discard(offset)
-        position = partition.committable()
-        wanted = min(left) if left else offsets[-1] + 1
-        assert (before if position is None else position.offset) == wanted
-        if position is not None:
-            before = partition.committed = position.offset

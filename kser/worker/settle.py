@@ -1,0 +1,347 @@
+"""Settling: a batch of finished records, what follows from them, and their offsets become durable together.
+
+A settle thread owns the sinks and does nothing else, because a transaction may hang for ever in the client
+(librdkafka#5456): the poll thread then abandons it and makes a new one, whose sinks have the same transactional ids and
+so end what the old ones left. A transaction is open for milliseconds, never while a task runs, and nothing is lost with
+one that is aborted: its records stay in memory and go into the next.
+
+Exactly once: begin, produce, send the offsets, commit, with several transactional ids in turn (KAFKA.md finding 7).
+At least once: produce and wait for every confirmation; the poll thread commits the offsets then.
+"""
+
+import logging
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from kser.errors import DeliveryError, Error, FencedError, GroupError, TransportError
+from kser.transport import GroupMember, OutRecord, Position, Sink
+from kser.worker.dispatch import Item
+
+__all__ = ["AtLeastOnce", "Batch", "ExactlyOnce", "Settler", "Verdict"]
+
+logger = logging.getLogger(__name__)
+
+#: Transactional producers in turn: while the markers of one transaction are written, the next can begin.
+PRODUCERS: Final = 3
+#: The same call again when it got no answer, at most so often.
+_TRIES: Final = 3
+#: Fenced again within this time, in seconds, it is a twin: a transaction that timed out answers the same (finding 8).
+_TWIN_S: Final = 60.0
+#: Longest wait for the confirmations of one batch, in seconds.
+_DELIVERY_S: Final = 15.0
+#: Between two tries to reach the transaction coordinator, in seconds.
+_AGAIN_S: Final = 0.5
+
+
+@dataclass(slots=True)
+class Batch:
+    """What is settled together."""
+
+    items: list[Item]
+    #: The offsets to commit once all of it is durable.
+    positions: list[Position]
+    #: The member that commits them; None at least once, where the poll thread does.
+    member: GroupMember | None
+    #: In the metadata of each position.
+    settle_id: str
+    #: When it was given away, time.monotonic().
+    since: float = 0.0
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What became of a batch. Each of its items is in one of the three lists, unless ``unknown``."""
+
+    settler: "Settler"
+    #: None for the first verdict of a settler: it is ready.
+    batch: Batch | None
+    settled: list[Item] = field(default_factory=list)
+    #: Nothing of them is visible, or not all of it: settle them again.
+    again: list[Item] = field(default_factory=list)
+    #: The broker refused what follows from them, for good.
+    refused: list[tuple[Item, Error]] = field(default_factory=list)
+    #: The answer to the commit is lost: the committed offsets know.
+    unknown: bool = False
+    #: Settle half as many at a time: one of them is refused, and it is not known which.
+    split: bool = False
+    #: Seconds to wait before the next batch.
+    pause_s: float = 0.0
+    #: The worker cannot go on.
+    fatal: Error | None = None
+
+
+class Settler(ABC):
+    """A thread that settles one batch after the other.
+
+    Args:
+        new_sink: makes a sink; called in the thread, with the number of the sink.
+        tell: takes a Verdict; called in the thread.
+
+    Thread rule: give() and abandon() are the poll thread's.
+    """
+
+    def __init__(self, new_sink: Callable[[int], Sink], tell: Callable[[Verdict], None]) -> None:
+        self._new_sink = new_sink
+        self._tell = tell
+        self._inbox: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._abandoned = False
+        self._sinks: list[Sink] = []
+        self._thread = threading.Thread(target=self._work, name="kser-settle", daemon=True)
+        self._thread.start()
+
+    def give(self, batch: Batch) -> None:
+        """Settle this batch; a Verdict tells what became of it."""
+        batch.since = time.monotonic()
+        self._inbox.put(batch)
+
+    def abandon(self) -> None:
+        """Let go of a settler that hangs: whatever it still tells is not asked for."""
+        self._abandoned = True
+        self._inbox.put(None)
+
+    def close(self, timeout_s: float) -> bool:
+        """End the thread and close its sinks; False when that takes longer than ``timeout_s``."""
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _work(self) -> None:
+        try:
+            if not self._prepare():
+                return
+            self._tell(Verdict(self, None))
+            while (batch := self._inbox.get()) is not None:
+                if self._abandoned:
+                    break
+                self._tell(self._settle(batch))
+        except Exception as exc:
+            logger.exception("Settling failed")
+            error = exc if isinstance(exc, Error) else TransportError(f"Settling failed: {exc!r}")
+            self._tell(Verdict(self, None, fatal=error))
+        finally:
+            for sink in self._sinks:
+                self._let_go(sink)
+
+    def _let_go(self, sink: Sink) -> None:
+        try:
+            sink.close(5)
+        except Error as exc:
+            logger.warning("Closing a producer of the worker: %s", exc.message)
+
+    @abstractmethod
+    def _prepare(self) -> bool:
+        """Make the sinks; False when abandoned meanwhile."""
+
+    @abstractmethod
+    def _settle(self, batch: Batch) -> Verdict:
+        """Settle one batch."""
+
+
+class ExactlyOnce(Settler):
+    """Records and offsets in one transaction."""
+
+    #: When a sink was fenced last, time.monotonic(); shared by settlers of one process, the abandoned ones too.
+    _fenced_at: float = -_TWIN_S
+
+    def _prepare(self) -> bool:
+        self._turn = 0
+        for number in range(PRODUCERS):
+            sink = self._begun(number)
+            if sink is None:
+                return False
+            self._sinks.append(sink)
+        return True
+
+    def _begun(self, number: int) -> Sink | None:
+        """A sink that has ended what an earlier life of its id left open. None when abandoned before that."""
+        said = 0.0
+        while not self._abandoned:
+            sink = self._new_sink(number)
+            try:
+                sink.begin()
+                sink.abort(5)
+            except TransportError as exc:
+                self._let_go(sink)
+                if isinstance(exc, FencedError):
+                    raise
+                if not said or time.monotonic() - said > 30:
+                    said = time.monotonic()
+                    logger.warning("Transactions cannot be started, trying again: %s", exc.message)
+                time.sleep(_AGAIN_S)
+            else:
+                return sink
+        return None
+
+    def _settle(self, batch: Batch) -> Verdict:
+        sink = self._sinks[self._turn]
+        asked = False
+        records = [record for item in batch.items for record in item.outcome.records]
+        try:
+            sink.begin()
+            if records:
+                sink.produce_all(records)
+            assert batch.member is not None
+            sink.send_offsets(batch.positions, batch.member)
+            asked = True
+            self._commit(sink)
+        except Error as exc:
+            return self._failed(batch, sink, exc, asked)
+        self._turn = (self._turn + 1) % len(self._sinks)
+        return Verdict(self, batch, settled=batch.items)
+
+    def _commit(self, sink: Sink) -> None:
+        for left in reversed(range(_TRIES)):
+            try:
+                sink.commit()
+                return
+            except TransportError as exc:
+                # Retriable: the same call again, never another one. The coordinator answers a repeated commit.
+                if not exc.retriable or exc.extra.get("abort") or not left:
+                    raise
+
+    def _failed(self, batch: Batch, sink: Sink, exc: Error, asked: bool) -> Verdict:
+        """What to do after an error. ``asked``: the coordinator was asked to commit."""
+        verdict = Verdict(self, batch)
+        if self._aborted(sink, exc, asked):
+            record = exc.extra.get("record")
+            index = exc.extra.get("index")
+            if index is not None and not _passes(exc):
+                culprit = _owner(batch.items, index)
+                verdict.refused = [(culprit, exc)]
+                verdict.again = [item for item in batch.items if item is not culprit]
+            elif isinstance(record, Error) and not _passes(record):
+                if len(batch.items) == 1:
+                    verdict.refused = [(batch.items[0], record)]
+                else:
+                    verdict.again, verdict.split = batch.items, True
+            else:
+                verdict.again = batch.items
+                verdict.pause_s = 0.1 if isinstance(exc, GroupError) else _AGAIN_S
+            logger.log(
+                logging.INFO if isinstance(exc, GroupError) else logging.WARNING,
+                "A transaction of %d records was aborted, nothing is lost: %s",
+                len(batch.items),
+                exc.message,
+            )
+            return verdict
+        logger.warning("A transaction of %d records broke its producer: %s", len(batch.items), exc.message)
+        if isinstance(exc, FencedError):
+            now = time.monotonic()
+            if now - ExactlyOnce._fenced_at < _TWIN_S:
+                verdict.fatal = FencedError(
+                    "Another process settles with the transactional ids of this worker: give each worker a name of "
+                    f"its own (--name), or end the other one. {exc.message}",
+                    extra={"twin": True},
+                )
+                return verdict
+            ExactlyOnce._fenced_at = now
+        threading.Thread(target=self._let_go, args=[sink], name="kser-let-go", daemon=True).start()  # may hang
+        renewed = self._begun(self._turn)
+        if renewed is not None:
+            self._sinks[self._turn] = renewed
+        verdict.unknown = asked
+        if not asked:
+            verdict.again = batch.items
+        return verdict
+
+    def _aborted(self, sink: Sink, exc: Error, asked: bool) -> bool:
+        """Whether the transaction could be aborted, so that nothing of it is visible."""
+        if isinstance(exc, FencedError) or exc.extra.get("fatal"):
+            return False
+        if asked and not exc.extra.get("abort"):
+            return False  # the commit may have happened
+        try:
+            sink.abort(15)
+        except Error as failed:
+            logger.warning("The transaction could not be aborted: %s", failed.message)
+            return False
+        return True
+
+
+class AtLeastOnce(Settler):
+    """Records are confirmed before their offsets are committed, by whoever gets the Verdict."""
+
+    def _prepare(self) -> bool:
+        self._sinks.append(self._new_sink(0))
+        return True
+
+    def _settle(self, batch: Batch) -> Verdict:
+        verdict = Verdict(self, batch)
+        again: set[int] = set()
+        refused: dict[int, Error] = {}
+        # What a task itself sent goes first: is that refused, the task fails, and its operation must not have gone on.
+        first = [(n, r) for n, item in enumerate(batch.items) for r in self._first(item)]
+        self._deliver(first, batch, again, refused)
+        if any(item.outcome.ahead for item in batch.items):
+            rest = [
+                (n, r)
+                for n, item in enumerate(batch.items)
+                if item.outcome.ahead and n not in again and n not in refused
+                for r in item.outcome.records[item.outcome.ahead :]
+            ]
+            for n in {n for n, _ in rest}:
+                item = batch.items[n]
+                del item.outcome.records[: item.outcome.ahead]
+                item.outcome.ahead = 0
+            self._deliver(rest, batch, again, refused)
+        if not again and not refused:
+            verdict.settled = batch.items
+            return verdict
+        for n, item in enumerate(batch.items):
+            if n in refused:
+                verdict.refused.append((item, refused[n]))
+            elif n in again:
+                verdict.again.append(item)
+            else:
+                verdict.settled.append(item)
+        verdict.pause_s = _AGAIN_S if again else 0.0
+        return verdict
+
+    def _first(self, item: Item) -> Sequence[OutRecord]:
+        outcome = item.outcome
+        records: Sequence[OutRecord] = outcome.records[: outcome.ahead] if outcome.ahead else outcome.records
+        return records
+
+    def _deliver(
+        self, numbered: list[tuple[int, OutRecord]], batch: Batch, again: set[int], refused: dict[int, Error]
+    ) -> None:
+        if not numbered:
+            return
+        failures = self._sinks[0].deliver([record for _, record in numbered], _DELIVERY_S)
+        if not failures:
+            return
+        left: dict[int, list[OutRecord]] = {}
+        for index, error in failures:
+            n, record = numbered[index]
+            if _passes(error):
+                left.setdefault(n, []).append(record)
+                again.add(n)
+            else:
+                refused.setdefault(n, error)
+        logger.warning("%d of %d records were not confirmed: %s", len(failures), len(numbered), failures[0][1].message)
+        for n, records in left.items():
+            outcome = batch.items[n].outcome
+            if outcome.ahead:
+                outcome.records = [*records, *outcome.records[outcome.ahead :]]
+                outcome.ahead = len(records)
+            else:
+                outcome.records = records  # only these are sent again
+
+
+def _owner(items: Sequence[Item], index: int) -> Item:
+    """The item whose records have the one with this index among all of them."""
+    for item in items:
+        index -= len(item.outcome.records)
+        if index < 0:
+            return item
+    raise IndexError(index)
+
+
+def _passes(error: Error) -> bool:
+    """Whether the same record may be taken later. A delivery that timed out is no verdict: the broker was away."""
+    return isinstance(error, DeliveryError) or (isinstance(error, TransportError) and error.retriable)

@@ -1,0 +1,226 @@
+"""Worker: runs the tasks of a registry, with all its settings."""
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal, get_args
+
+from kser.controller import Controller
+from kser.errors import ConfigurationError
+from kser.producer import max_message_bytes
+from kser.sequencing.registry import OperationRegistry
+from kser.transport import TopicAdmin, Transport
+from kser.worker.dispatch import Ordering
+from kser.worker.health import HealthServer, HealthStatus
+from kser.worker.loop import Loop
+from kser.worker.pool import IsolatedPool, location_of
+from kser.worker.runner import Runner
+from kser.worker.shutdown import stopping_on_signals
+from kser.worker.slots import take_slot
+from kser.worker.topics import ensure_group_topics
+
+__all__ = ["Delivery", "LostOffset", "Worker"]
+
+Delivery = Literal["exactly_once", "at_least_once"]
+LostOffset = Literal["stop", "earliest", "latest"]
+
+#: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
+_EMBEDDED: Final = "mockCluster"
+
+
+class Worker:
+    """Runs the tasks of a registry.
+
+    Args:
+        registry: an OperationRegistry, or a Controller.
+        topics: topics to take messages from.
+        group: consumer group; also names the group's own topics, ``{group}.events``.
+        config: librdkafka properties, at least ``bootstrap.servers``; not needed with ``transport``.
+        transport: the broker, when it is not Kafka by ``config``.
+        name: the slot of this worker. It makes it a static member of the group, so that a restart moves no partition.
+            Default: the host's name and the first free number.
+        delivery: "exactly_once": what follows from a message and its offset are one transaction. "at_least_once": the
+            first is confirmed before the second is committed. Default: exactly once, but at least once on the embedded
+            broker, which has no transactions.
+        ordering: what is run one after the other: messages of a "key", of a "partition", or "none".
+        concurrency: threads that run tasks.
+        coroutines: ``async def`` tasks side by side.
+        isolated: child processes for tasks with ``isolate=True``.
+        drain_s: seconds that running tasks get to end when the worker is asked to stop or a partition is taken away.
+        max_in_flight: messages taken and not run, beyond which no more are fetched.
+        max_poll_records: messages taken from the client at a time.
+        max_bytes: bytes of messages taken and not run, beyond which no more are fetched.
+        settle_limit_s: seconds after which a batch that is being settled is given up and a new producer asks what
+            became of it.
+        on_lost_offset: what to do when the committed offset does not exist any more: "stop", or go on at the
+            "earliest" or "latest" message there is.
+        create_topics: make the group's topics when they are missing; else refuse to start.
+        events: False to emit no events.
+        health_port: port on 127.0.0.1 for /healthz and /readyz; None: none.
+
+    Raises ConfigurationError for values that cannot be.
+    """
+
+    def __init__(
+        self,
+        registry: OperationRegistry | Controller | type[Controller],
+        *,
+        topics: Sequence[str],
+        group: str = "kser",
+        config: Mapping[str, Any] | None = None,
+        transport: Transport | None = None,
+        name: str | None = None,
+        delivery: Delivery | None = None,
+        ordering: Ordering = "key",
+        concurrency: int = 16,
+        coroutines: int = 256,
+        isolated: int = 2,
+        drain_s: float = 30,
+        max_in_flight: int = 4000,
+        max_poll_records: int = 500,
+        max_bytes: int = 64 * 1024 * 1024,
+        settle_limit_s: float = 20,
+        on_lost_offset: LostOffset = "stop",
+        create_topics: bool = True,
+        events: bool = True,
+        health_port: int | None = None,
+    ) -> None:
+        if isinstance(topics, str) or not topics:
+            raise ConfigurationError(f"topics={topics!r}: give a list with at least one topic")
+        if not group:
+            raise ConfigurationError("group is empty: name the consumer group")
+        if name is not None and (not name or ";" in name):
+            raise ConfigurationError(f"name={name!r}: give a text without a semicolon, or None")
+        if transport is None and not config:
+            raise ConfigurationError("No broker: give config={'bootstrap.servers': 'host:port'}")
+        _one_of("delivery", delivery, (*get_args(Delivery), None))
+        _one_of("ordering", ordering, get_args(Ordering))
+        _one_of("on_lost_offset", on_lost_offset, get_args(LostOffset))
+        _at_least(1, concurrency=concurrency, coroutines=coroutines, isolated=isolated, max_in_flight=max_in_flight)
+        _at_least(1, max_poll_records=max_poll_records, max_bytes=max_bytes)
+        _at_least(0, drain_s=drain_s)
+        _at_least(1, settle_limit_s=settle_limit_s)
+        self.controller = registry.controller if isinstance(registry, OperationRegistry) else registry
+        self.topics = list(topics)
+        self.group = group
+        #: Name in events and logs; the slot once run() has taken it.
+        self.name = name or f"{socket.gethostname()}-{os.getpid()}"
+        #: What was asked for, and once run() knows the broker, what is done.
+        self.delivery = delivery
+        self.ordering: Ordering = ordering
+        self.concurrency = concurrency
+        self.coroutines = coroutines
+        self.isolated = isolated
+        self.drain_s = drain_s
+        self.max_in_flight = max_in_flight
+        self.max_poll_records = max_poll_records
+        self.max_bytes = max_bytes
+        self.settle_limit_s = settle_limit_s
+        self.on_lost_offset: LostOffset = on_lost_offset
+        self.create_topics = create_topics
+        self.events = events
+        self.health_port = health_port
+        #: What became of the records so far: done, failed, rejected, foreign, discarded, skipped, came again.
+        self.stats: Counter[str] = Counter()
+        #: Records that were running when run() returned: their next owner runs them again.
+        self.left = 0
+        self._static = name is not None
+        self._registry = registry
+        self._config = dict(config or {})
+        self._transport = transport
+        self._loop: Loop | None = None
+        self._stop = 0
+
+    def run(self, *, until_idle: bool = False) -> None:
+        """Take and run messages until stop(), SIGTERM, SIGINT or the terminate file. Blocks.
+
+        Args:
+            until_idle: return as well once a whole turn (0.2 s) with partitions assigned brought nothing, for tests and
+                scripts. On the memory transport that means that everything sent is done.
+
+        On the way out what runs gets ``drain_s`` seconds to end, all that ended is settled, and the group is left. What
+        did not end is run by the next owner.
+
+        Raises:
+            TransportError: no broker answered at the start, or the client cannot go on.
+            FencedError: another worker has this one's name.
+            OffsetLostError: a committed offset does not exist any more, and ``on_lost_offset`` is "stop".
+            ConfigurationError: a setting is wrong, or topics are missing.
+        """
+        transport = self._transport or self._connect()
+        admin = transport.admin()
+        delivery = self._choose_delivery(admin)
+        ensure_group_topics(admin, self.group, self.topics, create=self.create_topics)
+        limit = max_message_bytes()
+        with take_slot(self.group, self.name if self._static else None) as slot:
+            self.name, self.delivery = slot.id, delivery
+            runner = Runner(self.controller, self.group, self.name, limit, events=self.events)
+            pool = self._pool(limit)
+            health = None
+            try:
+                self._loop = Loop(self, transport, runner, delivery, pool, static=self._static)
+                if self.health_port is not None:
+                    health = HealthServer(self.health_port, self.status)
+                    health.start()
+                with stopping_on_signals(self.stop):
+                    self._loop.run(until_idle=until_idle)
+            finally:
+                if health is not None:
+                    health.stop()
+                if pool is not None:
+                    pool.stop(5)
+
+    def stop(self) -> None:
+        """Ask run() to end. The first time it drains, the second time it waits for no task. From any thread."""
+        self._stop += 1
+
+    @property
+    def stopping(self) -> int:
+        """How often stop() was called."""
+        return self._stop
+
+    def status(self) -> HealthStatus:
+        """How it is doing. From any thread."""
+        if self._loop is None:
+            return HealthStatus(worker=self.name, group=self.group, reasons=("not running",))
+        return self._loop.status()
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> Transport:
+        from kser.confluent.transport import ConfluentTransport  # here: it loads the Kafka client
+
+        return ConfluentTransport(self._config)
+
+    def _choose_delivery(self, admin: TopicAdmin) -> Delivery:
+        embedded = admin.cluster_id().startswith(_EMBEDDED)
+        if embedded and self.delivery == "exactly_once":
+            raise ConfigurationError(
+                "delivery exactly_once cannot be had on the embedded broker, whose transactions hide nothing and fence "
+                "nobody: use at_least_once here, or a real Kafka"
+            )
+        return self.delivery or ("at_least_once" if embedded else "exactly_once")
+
+    def _pool(self, limit: int) -> IsolatedPool | None:
+        if not any(cls.isolate for cls in self.controller.ENTRYPOINTS.values()):
+            return None
+        return IsolatedPool(
+            location_of(self._registry),
+            self.isolated,
+            group=self.group,
+            worker=self.name,
+            limit=limit,
+            events=self.events,
+        )
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(f"{name}={value!r}: give one of {', '.join(map(repr, allowed))}")
+
+
+def _at_least(least: int, **values: float) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+            raise ConfigurationError(f"{name}={value!r}: give a number not below {least}")
