@@ -1,4 +1,5 @@
 """Placeholder until the helper's file lands."""
+
 from dataclasses import dataclass
 
 

@@ -7,6 +7,7 @@ the settle thread. Everything here happens in the thread that called Worker.run(
 import logging
 import queue
 import time
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -78,6 +79,7 @@ class Loop:
             coroutines=worker.coroutines,
             isolated=self._run_isolated if pool is not None else None,
             children=worker.isolated,
+            max_abandoned=worker.max_abandoned,
             wake=lambda: self._inbox.put(None),
         )
         self.dispatcher = Dispatcher(worker.ordering, self.executor.submit)
@@ -100,12 +102,12 @@ class Loop:
         self._commit_due = 0.0
         self.draining = False
         self.failure: Error | None = None
+        #: When producers of this worker were fenced.
+        self._fences: deque[float] = deque(maxlen=1)
         self._settler: Settler = self._new_settler()
         self._ready = False
         self._life = f"{time.time_ns():x}"
         self._count = 0
-        #: At most so many in a batch, while one of them is to be found out; 0: all.
-        self._batch_limit = 0
         self._not_before = 0.0
         self._settled_at = 0.0
         self._busy_at = 0.0
@@ -314,7 +316,7 @@ class Loop:
             return transport.sink(failures_only=True)
 
         if self.exactly_once:
-            return ExactlyOnce(transactional, self._inbox.put)
+            return ExactlyOnce(transactional, self._inbox.put, self._fences)
         return AtLeastOnce(plain, self._inbox.put)
 
     def _settle(self, *, at_once: bool = False) -> None:
@@ -348,16 +350,15 @@ class Loop:
             if not member.joined:  # a classic group would take such a commit unchecked (KAFKA.md finding 4)
                 self._not_before = now + _BACKOFF_S
                 return
-        items, held = self.pending, []
-        if self._batch_limit:
-            items, held = items[: self._batch_limit], items[self._batch_limit :]
+        items: list[Item] = self.pending
+        held: list[Item] = []
         self._count += 1
         settle_id = f"{self.worker.name}.{self._life}.{self._count}"
         states = {id(item.state): item.state for item in items}
         positions: list[Position] = []
         for state in states.values():
             try:
-                positions.append(state.commit_point(settle_id, _offsets_of(state, held)))
+                positions.append(state.commit_point(settle_id))
             except ValidationError as exc:
                 # Wait until more of it is finished: it takes no more meanwhile.
                 logger.warning("%s/%s is paused: %s", *state.of, exc.message)
@@ -400,10 +401,6 @@ class Loop:
         for item, error in verdict.refused:
             if not item.state.gone:
                 self._refused(item, error)
-        if verdict.split:
-            self._batch_limit = max(len(verdict.again) // 2, 1)
-        elif self._batch_limit and verdict.settled:
-            self._batch_limit = self._batch_limit * 2 if self._batch_limit < _SETTLE_COUNT else 0
         if verdict.settled and not self.exactly_once:
             self.uncommitted.update((id(item.state), item.state) for item in verdict.settled if not item.state.gone)
 

@@ -103,6 +103,7 @@ class IsolatedPool:
         grace_s: float = 2.0,
         load_limit_s: float = 60.0,
     ) -> None:
+        loading.guard()
         if size < 1:
             raise ConfigurationError(f"size={size}: isolated tasks need at least 1 child process")
         if os.name != "posix":
@@ -204,7 +205,6 @@ class IsolatedPool:
             self._lost_idle(child)
 
     def _start(self, record: Record, aborted: Callable[[], str | None]) -> "_Child":
-        loading.guard()
         child = _Child()
         with self._lock:
             self._children.add(child)

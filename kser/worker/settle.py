@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -67,8 +68,6 @@ class Verdict:
     refused: list[tuple[Item, Error]] = field(default_factory=list)
     #: The answer to the commit is lost: the committed offsets know.
     unknown: bool = False
-    #: Settle half as many at a time: one of them is refused, and it is not known which.
-    split: bool = False
     #: Seconds to wait before the next batch.
     pause_s: float = 0.0
     #: The worker cannot go on.
@@ -145,8 +144,10 @@ class Settler(ABC):
 class ExactlyOnce(Settler):
     """Records and offsets in one transaction."""
 
-    #: When a sink was fenced last, time.monotonic(); shared by settlers of one process, the abandoned ones too.
-    _fenced_at: float = -_TWIN_S
+    def __init__(self, new_sink: Callable[[int], Sink], tell: Callable[[Verdict], None], fences: deque[float]) -> None:
+        #: When a sink of this worker was fenced, time.monotonic(); its settlers share it, the abandoned ones too.
+        self._fences = fences
+        super().__init__(new_sink, tell)
 
     def _prepare(self) -> bool:
         self._turn = 0
@@ -208,20 +209,15 @@ class ExactlyOnce(Settler):
         """What to do after an error. ``asked``: the coordinator was asked to commit."""
         verdict = Verdict(self, batch)
         if self._aborted(sink, exc, asked):
-            record = exc.extra.get("record")
-            index = exc.extra.get("index")
-            if index is not None and not _passes(exc):
-                culprit = _owner(batch.items, index)
-                verdict.refused = [(culprit, exc)]
-                verdict.again = [item for item in batch.items if item is not culprit]
-            elif isinstance(record, Error) and not _passes(record):
-                if len(batch.items) == 1:
-                    verdict.refused = [(batch.items[0], record)]
-                else:
-                    verdict.again, verdict.split = batch.items, True
-            else:
+            refusal = exc.extra.get("record", exc)  # of the client at once, or of the broker when all were handed over
+            index = refusal.extra.get("index")
+            if index is None or _passes(refusal):
                 verdict.again = batch.items
                 verdict.pause_s = 0.1 if isinstance(exc, GroupError) else _AGAIN_S
+            else:
+                culprit = _owner(batch.items, index)
+                verdict.refused = [(culprit, refusal)]
+                verdict.again = [item for item in batch.items if item is not culprit]
             logger.log(
                 logging.INFO if isinstance(exc, GroupError) else logging.WARNING,
                 "A transaction of %d records was aborted, nothing is lost: %s",
@@ -232,14 +228,14 @@ class ExactlyOnce(Settler):
         logger.warning("A transaction of %d records broke its producer: %s", len(batch.items), exc.message)
         if isinstance(exc, FencedError):
             now = time.monotonic()
-            if now - ExactlyOnce._fenced_at < _TWIN_S:
+            if self._fences and now - self._fences[-1] < _TWIN_S:
                 verdict.fatal = FencedError(
                     "Another process settles with the transactional ids of this worker: give each worker a name of "
                     f"its own (--name), or end the other one. {exc.message}",
                     extra={"twin": True},
                 )
                 return verdict
-            ExactlyOnce._fenced_at = now
+            self._fences.append(now)
         threading.Thread(target=self._let_go, args=[sink], name="kser-let-go", daemon=True).start()  # may hang
         renewed = self._begun(self._turn)
         if renewed is not None:

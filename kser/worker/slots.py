@@ -1,4 +1,5 @@
 """Placeholder until the helper's file lands."""
+
 import contextlib
 import os
 import socket

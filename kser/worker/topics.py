@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 _IN_MEMORY: Final = "memory"
 #: Seconds between two looks for a topic that was just made.
 _AGAIN_S: Final = 0.1
+#: Longest wait for one answer, so that a broker that is down is told of soon; a creation takes longer.
+_ANSWER_S: Final = 10.0
+_CREATE_S: Final = 30.0
 #: Answers of a broker that lets this client create nothing.
 _FORBIDDEN: Final = ("TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED")
 
@@ -37,7 +40,7 @@ def create_topics(
     for names in (list(plan.tasks), plan.names):
         missing = [spec for spec in plan.specs(there) if spec.name in names and spec.name not in there]
         if missing:
-            made += admin.create(missing, _left(end))
+            made += admin.create(missing, _left(end, _CREATE_S))
             there |= _seen(admin, [spec.name for spec in missing], end)
     return there, made
 
@@ -88,7 +91,7 @@ def ensure_group_topics(
     embedded = not admin.can_create(_left(end))
     there = admin.describe(plan.names, _left(end))
     # In memory everything begins empty, in each test: there a worker makes the task topics, too.
-    if create and not embedded and (all(task in there for task in tasks) or admin.cluster_id() == _IN_MEMORY):
+    if create and not embedded and (all(task in there for task in tasks) or admin.cluster_id(_left(end)) == _IN_MEMORY):
         missing = [spec for spec in plan.specs(there) if spec.name not in there]
         there |= _make(admin, plan, missing, end)
     findings = find(plan, there, embedded=embedded)
@@ -105,7 +108,7 @@ def _make(admin: TopicAdmin, plan: TopicPlan, missing: Sequence[TopicSpec], end:
     if not missing:
         return {}
     try:
-        made = admin.create(missing, _left(end))
+        made = admin.create(missing, _left(end, _CREATE_S))
     except Error as exc:
         if exc.extra.get("kafka_error") not in _FORBIDDEN:
             raise
@@ -152,6 +155,6 @@ def _lines(findings: Sequence[Finding]) -> list[str]:
     return [f"Topic {topic}: {'; '.join(texts)}. To cure it: {cure}" for (topic, cure), texts in cures.items()]
 
 
-def _left(end: float) -> float:
-    """Seconds left, at least a little: 0 is no limit to some calls."""
-    return max(end - time.monotonic(), 0.1)
+def _left(end: float, most: float = _ANSWER_S) -> float:
+    """Seconds left for one call, at least a little: 0 is no limit to some calls."""
+    return min(max(end - time.monotonic(), 0.1), most)

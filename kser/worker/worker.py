@@ -47,6 +47,7 @@ class Worker:
         concurrency: threads that run tasks.
         coroutines: ``async def`` tasks side by side.
         isolated: child processes for tasks with ``isolate=True``.
+        max_abandoned: threads that may be given up because their task ignores its timeout; one more ends the worker.
         drain_s: seconds that running tasks get to end when the worker is asked to stop or a partition is taken away.
         max_in_flight: messages taken and not run, beyond which no more are fetched.
         max_poll_records: messages taken from the client at a time.
@@ -76,6 +77,7 @@ class Worker:
         concurrency: int = 16,
         coroutines: int = 256,
         isolated: int = 2,
+        max_abandoned: int = 16,
         drain_s: float = 30,
         max_in_flight: int = 4000,
         max_poll_records: int = 500,
@@ -99,7 +101,7 @@ class Worker:
         _one_of("on_lost_offset", on_lost_offset, get_args(LostOffset))
         _at_least(1, concurrency=concurrency, coroutines=coroutines, isolated=isolated, max_in_flight=max_in_flight)
         _at_least(1, max_poll_records=max_poll_records, max_bytes=max_bytes)
-        _at_least(0, drain_s=drain_s)
+        _at_least(0, drain_s=drain_s, max_abandoned=max_abandoned)
         _at_least(1, settle_limit_s=settle_limit_s)
         self.controller = registry.controller if isinstance(registry, OperationRegistry) else registry
         self.topics = list(topics)
@@ -112,6 +114,7 @@ class Worker:
         self.concurrency = concurrency
         self.coroutines = coroutines
         self.isolated = isolated
+        self.max_abandoned = max_abandoned
         self.drain_s = drain_s
         self.max_in_flight = max_in_flight
         self.max_poll_records = max_poll_records

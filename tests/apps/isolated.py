@@ -48,6 +48,11 @@ class Sleep(Task):
         grandchild.wait()
 
 
+@registry.subscribe(name="iso.Hurried", isolate=True, timeout=1)
+class Hurried(Sleep):
+    """Has a second, and takes longer."""
+
+
 @registry.subscribe(name="iso.Patient", isolate=True)
 class Patient(Task):
     """Ends when it is told to, and says why."""

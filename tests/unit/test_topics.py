@@ -424,7 +424,7 @@ def test_a_worker_makes_what_its_features_need_and_logs_it(caplog):
     ensure_group_topics(kafka, "g", ["shop"], features=frozenset({Feature.STATE, Feature.RETRIES}))
     assert kafka.orders[1:] == [["g.state.shop", *(f"g.retry.{tier}" for tier in TIERS)]]
     assert {kafka.topics[name].partitions for name in kafka.orders[1]} == {12}
-    assert max(kafka.limits) <= 60
+    assert max(kafka.limits) <= 30  # one creation; a question 10
 
 
 def test_a_worker_without_features_needs_its_task_topics_only():
@@ -454,6 +454,21 @@ def test_a_task_topic_that_does_not_exist_is_refused_and_nothing_is_made():
     with pytest.raises(ConfigurationError, match=r"are missing: mails. Create .* --topics shop,mails$"):
         ensure_group_topics(kafka, "g", ["shop", "mails"])
     assert kafka.orders == []
+
+
+def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_one_answer_takes():
+    class Silent(FakeKafka):
+        def can_create(self, timeout_s=10):
+            self.limits.append(timeout_s)
+            raise TransportError("no answer")
+
+    kafka = Silent()
+    with pytest.raises(TransportError, match="no answer"):
+        ensure_group_topics(kafka, "g", ["shop"])
+    with pytest.raises(TransportError, match="no answer"):
+        ensure_group_topics(kafka, "g", ["shop"], timeout_s=3)
+    assert kafka.limits[0] == 10
+    assert 2.5 < kafka.limits[1] <= 3
 
 
 def test_patterns_of_topics_are_passed_over():

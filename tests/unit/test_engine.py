@@ -1,0 +1,688 @@
+"""The engine of the worker on the memory transport: what runs beside what, deadlines, settling when it goes wrong."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from kser import Operation, OperationRegistry, Result, Task, Worker
+from kser.errors import ConfigurationError, FencedError, OffsetLostError, TransportError
+from kser.events import EventType, read
+from kser.producer import BaseProducer
+from kser.transport import OutRecord, Partition, TopicSpec
+from kser.transport.memory import MemoryTransport
+from kser.worker.offsets import decode
+from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
+
+
+@pytest.fixture
+def transport():
+    made = MemoryTransport(auto_create=False)
+    made.admin().create([TopicSpec(name=TOPIC, partitions=2)])
+    return made
+
+
+@pytest.fixture
+def registry(transport):
+    return OperationRegistry(producer=BaseProducer(transport.sink()), topic=TOPIC)
+
+
+@pytest.fixture
+def start(registry, transport):
+    running = []
+
+    def go(**options):
+        running.append(Running(registry, transport, **options))
+        return running[-1]
+
+    yield go
+    for one in running:
+        if one.thread.is_alive():
+            one.worker.stop()
+            one.stop()
+
+
+def events(transport, kind):
+    return [e for e in read(transport.records(f"{GROUP}.events")) if e.type == kind]
+
+
+# -- what runs beside what -------------------------------------------------------------------------------------------
+
+
+def test_messages_of_one_key_run_in_order_and_those_of_others_beside_them(registry, transport, start):
+    seen, together, inside, lock = {}, [0], [0], threading.Lock()
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            with lock:
+                inside[0] += 1
+                together[0] = max(together[0], inside[0])
+            time.sleep(0.005)
+            with lock:
+                inside[0] -= 1
+                seen.setdefault(self.params["key"], []).append(self.params["n"])
+
+    for n in range(20):
+        for key in ("a", "b", "c"):
+            Step(params={"key": key, "n": n}).send(key=key)
+    start()
+    wait_for(lambda: committed(transport) == 60)
+    assert seen == {key: list(range(20)) for key in ("a", "b", "c")}
+    assert together[0] > 1
+
+
+def test_with_ordering_partition_a_partition_runs_one_after_the_other(registry, transport, start):
+    seen = []
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            time.sleep(0.002)
+            seen.append(self.params["n"])
+
+    sink = transport.sink()
+    for n in range(30):
+        sink.produce(OutRecord(TOPIC, None, Step(params={"n": n}).to_Message().to_bytes(), partition=0))
+    start(ordering="partition")
+    wait_for(lambda: committed(transport) == 30)
+    assert seen == list(range(30))
+
+
+def test_with_ordering_none_messages_of_one_key_run_side_by_side(registry, transport, start):
+    meet = threading.Barrier(3, timeout=5)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            meet.wait()
+
+    for _ in range(3):
+        Step().send(key="same")
+    one = start(ordering="none")
+    wait_for(lambda: committed(transport) == 3)
+    assert one.worker.stats["done"] == 3
+
+
+def test_a_long_task_holds_back_neither_other_keys_nor_what_came_after_it(registry, transport, start):
+    """Its partition's committed offset stays at it; what came after it is stored as finished beside that offset."""
+    go = threading.Event()
+
+    @registry.subscribe
+    class Long(Task):
+        def run(self):
+            go.wait(20)
+
+    @registry.subscribe
+    class Short(Task):
+        def run(self):
+            pass
+
+    Long().send()
+    for _ in range(500):
+        Short().send()
+    one = start()
+    wait_for(lambda: committed(transport) == 500)
+    assert one.worker.stats["done"] == 500
+    go.set()
+    wait_for(lambda: committed(transport) == 501)
+
+
+def test_after_a_kill_nothing_that_was_settled_above_a_long_task_runs_again(registry, transport, start):
+    """The next owner runs the unfinished one only."""
+    go, runs = threading.Event(), []
+
+    @registry.subscribe
+    class Long(Task):
+        def run(self):
+            runs.append("long")
+            go.wait(0.1 if len([r for r in runs if r == "long"]) > 1 else 20)
+
+    @registry.subscribe
+    class Short(Task):
+        def run(self):
+            runs.append("short")
+
+    Long().send()
+    for _ in range(100):
+        Short().send()
+    first = start(drain_s=0)
+    wait_for(lambda: committed(transport) == 100)
+    first.stop()
+    second = start()
+    wait_for(lambda: committed(transport) == 101)
+    assert runs.count("short") == 100
+    assert runs.count("long") == 2
+    assert second.worker.stats["skipped"] > 0
+    go.set()
+
+
+def test_limit_bounds_how_many_of_a_class_run_and_starves_nobody(registry, transport, start):
+    inside, most, lock, go = [0], [0], threading.Lock(), threading.Event()
+
+    @registry.subscribe(limit=2)
+    class Heavy(Task):
+        def run(self):
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            go.wait(10)
+            with lock:
+                inside[0] -= 1
+
+    @registry.subscribe
+    class Light(Task):
+        def run(self):
+            pass
+
+    for _ in range(20):
+        Heavy().send()
+    for _ in range(50):
+        Light().send()
+    start(concurrency=4)
+    wait_for(lambda: committed(transport) == 50)
+    go.set()
+    wait_for(lambda: committed(transport) == 70)
+    assert most[0] == 2
+
+
+def test_more_tasks_than_partitions_run_at_a_time(registry, transport, start):
+    meet = threading.Barrier(10, timeout=5)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            meet.wait()
+
+    for _ in range(10):
+        Step().send()
+    one = start(concurrency=10)
+    wait_for(lambda: committed(transport) == 10)
+    assert one.worker.stats["done"] == 10
+
+
+def test_coroutines_share_one_loop_and_run_side_by_side_beyond_the_threads(registry, transport, start):
+    loops, inside, most = set(), [0], [0]
+
+    @registry.subscribe
+    class Waits(Task):
+        async def run(self):
+            loops.add(id(asyncio.get_running_loop()))
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            await asyncio.sleep(0.3)
+            inside[0] -= 1
+
+    for _ in range(40):
+        Waits().send()
+    start(concurrency=2)
+    wait_for(lambda: committed(transport) == 40)
+    assert len(loops) == 1
+    assert most[0] > 20
+
+
+# -- deadlines -------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_over_its_timeout_is_told_and_fails(registry, transport, start):
+    told = []
+
+    @registry.subscribe(timeout=0.1)
+    class Slow(Task):
+        def run(self):
+            while self.aborted is None:
+                time.sleep(0.01)
+            told.append(self.aborted)
+            return Result(stdout="too late")
+
+    task = Slow()
+    task.send()
+    start()
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert told == ["timeout"]
+    ended = view(transport, task.uuid)
+    assert ended.status == "FAILED"
+    assert ended.result.retcode == 408
+    assert "took longer than its timeout of 0.1 s" in ended.result.stderr
+
+
+def test_a_coroutine_over_its_timeout_is_cancelled(registry, transport, start):
+    cancelled = []
+
+    @registry.subscribe(timeout=0.1)
+    class Slow(Task):
+        async def run(self):
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                cancelled.append(True)
+                raise
+
+    task = Slow()
+    task.send()
+    start()
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert view(transport, task.uuid).result.retcode == 408
+    assert cancelled == [True]
+
+
+def test_a_thread_that_ignores_its_timeout_is_replaced_and_its_task_fails(registry, transport, start):
+    """Other tasks go on, also one of the same key; what the thread gives later is dropped."""
+    go = threading.Event()
+
+    @registry.subscribe(timeout=0.1)
+    class Deaf(Task):
+        def run(self):
+            go.wait(20)
+            return Result(stdout="much later")
+
+    @registry.subscribe
+    class After(Task):
+        def run(self):
+            pass
+
+    task, after = Deaf(), After()
+    task.send(key="k")
+    after.send(key="k")
+    one = start(concurrency=1)
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert view(transport, task.uuid).result.retcode == 408
+    assert "did not end when it was told" in view(transport, task.uuid).result.stderr
+    wait_for(lambda: view(transport, after.uuid).ended)
+    go.set()
+    wait_for(lambda: committed(transport) == 2)
+    one.stop()
+    assert len(events(transport, EventType.STEP_FAILED)) == 1
+    assert len(events(transport, EventType.STEP_DONE)) == 1
+
+
+def test_a_failed_deadline_ends_the_operation_and_calls_onerror(registry, transport, start):
+    hooks = []
+
+    @registry.subscribe(timeout=0.05)
+    class Slow(Task):
+        def run(self):
+            while self.aborted is None:
+                time.sleep(0.01)
+
+        def onerror(self, result):
+            hooks.append(result.retcode)
+            return result
+
+    operation = Operation(tasks=[Slow(), Slow()])
+    operation.launch()
+    start()
+    wait_for(lambda: view(transport, operation.uuid).ended)
+    assert view(transport, operation.uuid).status == "FAILED"
+    assert hooks == [408]
+
+
+def test_too_many_threads_given_up_end_the_worker(registry, transport):
+    go = threading.Event()
+
+    @registry.subscribe(timeout=0.02)
+    class Deaf(Task):
+        def run(self):
+            go.wait(30)
+
+    for _ in range(4):
+        Deaf().send()
+    worker = Worker(
+        registry, topics=[TOPIC], group=GROUP, transport=transport, concurrency=4, max_abandoned=2, drain_s=1
+    )
+    with pytest.raises(TransportError, match="threads were given up"):
+        worker.run()
+    go.set()
+
+
+# -- settling --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_lost_answer_to_a_commit_neither_loses_nor_doubles(registry, transport, start, applied):
+    """KAFKA.md finding 9: the settle id beside the committed offset tells whether the transaction happened."""
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    operation = Operation(tasks=[Step(), Step(), Step()])
+    operation.launch()
+    transport.fail_next("end_txn", TransportError("no answer"), applied=applied)
+    start()
+    wait_for(lambda: view(transport, operation.uuid).ended)
+    wait_for(lambda: committed(transport) == 3)
+    assert len(transport.records(TOPIC)) == 3
+    assert len(events(transport, EventType.STEP_DONE)) == 3
+
+
+def test_a_refused_record_of_a_batch_fails_its_own_task_only(registry, transport, start):
+    """Its neighbours in the batch go on, and are told once."""
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    @registry.subscribe
+    class Sends(Task):
+        def run(self):
+            assert Step().send(topic="nowhere").retcode == 202
+
+    good = [Step() for _ in range(60)]
+    for task in good[:30]:
+        task.send()
+    bad = Sends()
+    bad.send()
+    for task in good[30:]:
+        task.send()
+    start()
+    wait_for(lambda: committed(transport) == 61)
+    assert view(transport, bad.uuid).status == "FAILED"
+    assert {e.uuid for e in events(transport, EventType.STEP_DONE)} >= {task.uuid for task in good}
+    assert (
+        len(events(transport, EventType.STEP_DONE)) - len(good) <= 1
+    )  # told once more only by the one that was refused
+
+
+def test_a_twin_ends_the_worker_with_a_clear_error(registry, transport, start):
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    one = start(name="same")
+    wait_for(lambda: one.worker.delivery == "exactly_once")
+    stolen = [transport.sink(f"{GROUP}.same.{n}") for n in range(3)]
+    for round_ in range(2):
+        for sink in stolen:
+            sink.close()
+        stolen = [transport.sink(f"{GROUP}.same.{n}") for n in range(3)]
+        for sink in stolen:
+            sink.begin()
+            sink.abort()
+        for n in range(6):
+            Step(uuid=f"{round_}-{n}").send()
+            time.sleep(0.05)
+    wait_for(lambda: not one.thread.is_alive())
+    assert isinstance(one.error, FencedError)
+    assert "name of its own" in one.error.message
+
+
+def test_a_lost_offset_stops_the_worker_with_the_choice_or_obeys_it(registry, transport, start):
+    ran = []
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.params["n"])
+
+    sink = transport.sink()
+    for n in range(10):
+        sink.produce(OutRecord(TOPIC, None, Step(params={"n": n}).to_Message().to_bytes(), partition=0))
+    first = start()
+    wait_for(lambda: committed(transport) == 10)
+    first.stop()
+    for n in range(10, 20):
+        sink.produce(OutRecord(TOPIC, None, Step(params={"n": n}).to_Message().to_bytes(), partition=0))
+    end = max(r.offset for r in transport.records(TOPIC))
+    transport.delete_before(Partition(TOPIC, 0), end - 4)
+    refused = start()
+    wait_for(lambda: not refused.thread.is_alive())
+    assert isinstance(refused.error, OffsetLostError)
+    assert "--on-lost-offset earliest" in refused.error.message
+    start(on_lost_offset="earliest")
+    wait_for(lambda: len(ran) == 15)
+    assert ran[10:] == [15, 16, 17, 18, 19]
+
+
+def test_exactly_once_is_refused_on_the_embedded_broker(registry):
+    class Embedded(MemoryTransport):
+        def admin(self):
+            admin = super().admin()
+            admin.cluster_id = lambda timeout_s=10: "mockClusterabc"
+            return admin
+
+    with pytest.raises(ConfigurationError, match="at_least_once"):
+        Worker(registry, topics=[TOPIC], transport=Embedded(), delivery="exactly_once").run()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"delivery": "twice"}, "delivery='twice': give one of 'exactly_once', 'at_least_once'"),
+        ({"ordering": "random"}, "ordering='random': give one of 'key', 'partition', 'none'"),
+        ({"concurrency": 0}, "concurrency=0: give a number not below 1"),
+        ({"on_lost_offset": "guess"}, "give one of 'stop', 'earliest', 'latest'"),
+        ({"name": "a;b"}, "without a semicolon"),
+        ({"settle_limit_s": 0}, "settle_limit_s=0"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_with_what_to_give(registry, transport, options, said):
+    with pytest.raises(ConfigurationError, match=said):
+        Worker(registry, topics=[TOPIC], transport=transport, **options)
+
+
+def test_the_metadata_names_the_batch_that_was_settled(registry, transport, start):
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    Step().send()
+    start(name="w7")
+    wait_for(lambda: committed(transport) == 1)
+    stored = [p for p in transport.positions(GROUP) if p.offset > 0]
+    assert decode(stored[0].offset, stored[0].metadata)[0].startswith("w7.")
+
+
+class Wrapped:
+    """A transport whose sinks are seen through ``wrap(sink, transactional_id)``."""
+
+    def __init__(self, transport, wrap):
+        self._transport = transport
+        self._wrap = wrap
+
+    def sink(self, transactional_id=None, **options):
+        return self._wrap(self._transport.sink(transactional_id, **options), transactional_id)
+
+    def __getattr__(self, name):
+        return getattr(self._transport, name)
+
+
+class Through:
+    """A sink that hands everything on."""
+
+    def __init__(self, sink):
+        self._sink = sink
+
+    def __getattr__(self, name):
+        return getattr(self._sink, name)
+
+
+def test_a_settle_thread_that_hangs_is_given_up_and_the_sequence_goes_on(registry, transport):
+    """KAFKA.md finding 11: send_offsets() may block for ever. New producers with the same ids end what it left."""
+    hung, free = [], threading.Event()
+
+    class Hangs(Through):
+        def send_offsets(self, positions, member):
+            if not hung:
+                hung.append(positions)
+                free.wait(30)
+            self._sink.send_offsets(positions, member)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    operation = Operation(tasks=[Step(), Step(), Step()])
+    operation.launch()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Hangs(sink)), settle_limit_s=1)
+    wait_for(lambda: view(transport, operation.uuid).ended)
+    free.set()  # the old thread comes back, and finds its producers fenced
+    wait_for(lambda: committed(transport) == 3)
+    assert one.worker.stats["settlers abandoned"] == 1
+    assert len(transport.records(TOPIC)) == 3
+    assert len(events(transport, EventType.STEP_DONE)) == 3
+    one.stop()
+
+
+def test_transactional_producers_take_turns_under_ids_that_a_restart_keeps(registry, transport):
+    """KAFKA.md finding 7, and section 2 rule 7."""
+    begun = []
+
+    class Notes(Through):
+        def __init__(self, sink, name):
+            super().__init__(sink)
+            self.name = name
+
+        def send_offsets(self, positions, member):
+            begun.append(self.name)
+            self._sink.send_offsets(positions, member)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    for _ in range(2):
+        begun.clear()
+        one = Running(registry, Wrapped(transport, Notes), name="slot")
+        operation = Operation(tasks=[Step() for _ in range(6)])
+        operation.launch()
+        wait_for(lambda uuid=operation.uuid: view(transport, uuid).ended)
+        one.stop()
+        assert begun[:6] == [f"{GROUP}.slot.{n}" for n in (0, 1, 2, 0, 1, 2)]
+
+
+def test_one_fence_renews_the_producer_and_is_no_twin(registry, transport, start):
+    """KAFKA.md finding 8: a transaction that timed out answers the same."""
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    one = start(name="alone")
+    wait_for(lambda: one.worker.delivery == "exactly_once" and transport.positions(GROUP) is not None)
+    first = Operation(tasks=[Step()])
+    first.launch()
+    wait_for(lambda: view(transport, first.uuid).ended)
+    thief = transport.sink(f"{GROUP}.alone.1")
+    thief.begin()
+    thief.abort()
+    second = Operation(tasks=[Step() for _ in range(5)])
+    second.launch()
+    wait_for(lambda: view(transport, second.uuid).ended)
+    assert one.thread.is_alive()
+    wait_for(lambda: committed(transport) == 6)
+
+
+def test_nothing_is_committed_before_the_group_is_joined(registry, transport):
+    """KAFKA.md finding 4: a classic group would take the offsets of somebody who is no member unchecked."""
+    joined, sent = threading.Event(), []
+
+    class Member:
+        def __init__(self, member):
+            self._member = member
+
+        joined = False
+
+    class Source(Through):
+        def member(self):
+            member = self._sink.member()
+            return member if joined.is_set() else Member(member)
+
+    class Late(Wrapped):
+        def source(self, group, **options):
+            return Source(self._transport.source(group, **options))
+
+    class Notes(Through):
+        def send_offsets(self, positions, member):
+            sent.append(joined.is_set())
+            self._sink.send_offsets(positions, member)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    task = Step()
+    task.send()
+    one = Running(registry, Late(transport, lambda sink, _: Notes(sink)))
+    wait_for(lambda: one.worker.stats["done"] == 1)
+    time.sleep(0.3)
+    assert sent == []
+    joined.set()
+    wait_for(lambda: committed(transport) == 1)
+    assert sent == [True]
+    one.stop()
+
+
+def test_what_a_client_gives_twice_is_run_once(registry, transport):
+    """KAFKA.md finding 12: a rewind without any callback."""
+    ran = []
+
+    class Rewinds(Through):
+        def __init__(self, source):
+            super().__init__(source)
+            self.given = []
+
+        def poll(self, timeout_s, max_records=500):
+            records = self._sink.poll(timeout_s, max_records)
+            again, self.given = self.given, list(records)
+            return [*again, *records]
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Rewinds(self._transport.source(group, **options))
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.uuid)
+
+    tasks = [Step() for _ in range(20)]
+    for task in tasks:
+        task.send()
+    one = Running(registry, Transport(transport, lambda sink, _: sink))
+    wait_for(lambda: committed(transport) == 20 and one.worker.stats["came again"] >= 20)
+    assert sorted(ran) == sorted(task.uuid for task in tasks)
+    one.stop()
+
+
+def test_a_stop_settles_before_the_group_is_left(registry, transport):
+    """KAFKA.md finding 13: under KIP-848 on_revoke comes after leaving, where nothing can be committed."""
+    order = []
+
+    class Leaves(Through):
+        def close(self, timeout_s=10):
+            order.append("left")
+            self._sink.close(timeout_s)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Leaves(self._transport.source(group, **options))
+
+    class Notes(Through):
+        def commit(self, timeout_s=30):
+            self._sink.commit(timeout_s)
+            order.append("committed")
+
+    begun = threading.Event()
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            begun.set()
+            time.sleep(0.3)
+
+    Step().send()
+    one = Running(registry, Transport(transport, lambda sink, _: Notes(sink)))
+    assert begun.wait(5)
+    one.stop()
+    assert order == ["committed", "left"]
+    assert committed(transport) == 1
