@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check kafka docs bench clean
+.PHONY: help setup demo test chaos check kafka docs bench clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do \
@@ -35,6 +35,13 @@ demo: $(STAMP)  ## operations of three rolls on an embedded broker, from start t
 
 test: setup  ## every test; Apache Kafka is fetched and run if Java and Maven are there
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: setup  ## the long fault suite: kill -9 of workers and brokers under load, over an hour
+	@for run in "exactly_once classic" "exactly_once consumer" "at_least_once classic" "at_least_once consumer"; do \
+		set -- $$run; echo "== $$1, group protocol $$2"; \
+		$(BIN)/python -m tests.chaos --delivery $$1 --protocol $$2 $(CHAOS_ARGS) || exit 1; done
+	@echo "== at_least_once, embedded broker"
+	@$(BIN)/python -m tests.chaos --delivery at_least_once --broker embedded --operations 1000 --minutes 3
 
 check: setup  ## lint, format, types, import contracts
 	@$(BIN)/ruff check .

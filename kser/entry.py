@@ -208,22 +208,26 @@ class Entrypoint(metaclass=EntrypointMeta):
         forwarded = self.result
         try:
             ran = self._as_result(self._run(), "run")
-            if self._control is not None and self._control.aborted == "timeout":
-                raise self._timed_out()  # what it still gave came too late
-        except Exception as exc:
-            if self._control is not None and self._control.aborted == "timeout" and not isinstance(exc, TaskTimeoutError):
-                late = self._timed_out()
-                late.__cause__, exc = exc, late
-            self._postrun_of_failure(results.from_exception(exc, self.uuid))
-            raise exc
+        except Exception as exc:  # noqa: BLE001 - raised again
+            failure = self._overran(exc) or exc
+            self._postrun_of_failure(results.from_exception(failure, self.uuid))
+            raise failure from failure.__cause__
+        if self._control is not None and (late := self._overran(None)) is not None:
+            self._postrun_of_failure(results.from_exception(late, self.uuid))  # what it still gave came too late
+            raise late
         ran = self._postrun(ran if ran is not None else Result(uuid=self.uuid))
         return results.merge(forwarded, ran, self.uuid)
 
-    def _timed_out(self) -> TaskTimeoutError:
-        return TaskTimeoutError(
+    def _overran(self, cause: Exception | None) -> TaskTimeoutError | None:
+        """The failure of a run that its worker has told to end for its timeout; None when it has not."""
+        if self._control is None or self._control.aborted != "timeout":
+            return None
+        failure = TaskTimeoutError(
             f"{self.path}[{self.uuid}] took longer than its timeout of {self.timeout:g} s",
             extra={"uuid": self.uuid, "entrypoint": self.path, "timeout": self.timeout},
         )
+        failure.__cause__ = cause
+        return failure
 
     def _prerun(self) -> None:
         self._debug("PreRun")

@@ -20,9 +20,11 @@ INTERRUPTED = 130
 
 
 class CommandFailed(click.ClickException):
-    """Ends the command with this one line on stderr and exit code 1."""
+    """Ends the command with this one line on stderr and an exit code, 1 unless another one says more."""
 
-    exit_code = FAILED
+    def __init__(self, message: str, code: int = FAILED) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def debugging() -> bool:
@@ -56,7 +58,7 @@ def explain(exc: BaseException) -> int:
 def _told(exc: BaseException) -> tuple[str, int]:
     match exc:
         case CommandFailed():
-            return exc.format_message(), FAILED
+            return exc.format_message(), exc.code
         case click.UsageError():
             path = exc.ctx.command_path if exc.ctx is not None else "kser"
             return f"{_sentence(exc.format_message())} Try: {path} --help", MISUSE

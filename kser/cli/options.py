@@ -16,6 +16,7 @@ from kser.cli.errors import MISUSE
 
 __all__ = [
     "EPILOG",
+    "Decorator",
     "JsonObject",
     "TopicWithPartitions",
     "example",

@@ -318,10 +318,8 @@ class ConfluentSink:
         if first and self._failure is not None:
             self._failure.extra["index"] = index
 
-    def _note(self, failures: dict[int, Error], index: int, error: KafkaError | None, message: Message) -> None:
+    def _note(self, failures: dict[int, Error], index: int, error: KafkaError, message: Message) -> None:
         """For a record of deliver()."""
-        if error is None:
-            return
         try:
             _clear_pending()
             failures[index] = self._undelivered(error, message)
@@ -436,7 +434,10 @@ class ConfluentSink:
         """Write records and wait for them until ``end``, a time.monotonic(). The failures, by index."""
         producer, at, stop = self._client(), 0, None
         failures: dict[int, Error] = {}
-        told = partial(self._note, failures)
+
+        def told(index: int, error: KafkaError | None, message: Message) -> None:
+            if error is not None:
+                self._note(failures, index, error, message)
 
         def give_up(indexes: range, why: str) -> None:
             failures.update({n: _given_up(records[n].topic, why) for n in indexes if n not in failures})

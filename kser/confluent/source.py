@@ -197,6 +197,7 @@ class ConfluentSource:
             logger.warning("The consumer of group %s took over %g s to leave and is left behind", self.group, timeout_s)
         except (KafkaException, RuntimeError) as exc:
             logger.warning("Closing the consumer of group %s: %s", self.group, exc)
+        self._aside.close()
         self._raise_failure()
 
     # -- records -------------------------------------------------------------------------------------------------------

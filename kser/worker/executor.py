@@ -22,9 +22,10 @@ from kser.context import Control
 from kser.entry import Entrypoint
 from kser.errors import TaskTimeoutError
 from kser.worker.dispatch import Item, Unit
+from kser.worker.health import RunningTask
 from kser.worker.runner import Outcome, Runner, Work
 
-__all__ = ["Executor", "Running"]
+__all__ = ["Executor"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,17 +43,6 @@ _GRACE_S: Final = 2.0
 _WAKE_S: Final = 0.002
 
 _Chunk = deque[Unit]
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """One record that is being run, for whoever looks at the worker."""
-
-    entrypoint: str
-    uuid: str
-    #: Seconds since it began, and since its last heartbeat (None: none yet).
-    seconds: float
-    heartbeat_s: float | None
 
 
 class _Gate:
@@ -333,7 +323,7 @@ class Executor:
                 return str(item.work.name)
         return ""
 
-    def running(self) -> list[Running]:
+    def running(self) -> list[RunningTask]:
         """What is being run."""
         now = time.monotonic()
         found = []
@@ -343,7 +333,7 @@ class Executor:
                 continue
             alive = item.control.alive if item.control is not None else 0.0
             found.append(
-                Running(item.work.kmsg.entrypoint, item.work.kmsg.uuid, now - since, now - alive if alive else None)
+                RunningTask(item.work.kmsg.entrypoint, item.work.kmsg.uuid, now - since, now - alive if alive else None)
             )
         return found
 

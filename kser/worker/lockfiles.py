@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-__all__ = ["LockFiles"]
+__all__ = ["LockFiles", "runtime_directory"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,11 +97,12 @@ class LockFiles:
     def _path(variable: str, kind: str) -> Path | None:
         if full := os.environ.get(variable):
             return Path(full)
-        directory = os.environ.get("LOCK_PATH") or _runtime_directory()
+        directory = os.environ.get("LOCK_PATH") or runtime_directory()
         return Path(directory) / f"kser-{socket.gethostname()}-{os.getpid()}-{kind}.lock"
 
 
-def _runtime_directory() -> str:
+def runtime_directory() -> str:
+    """Where files of running processes go when LOCK_PATH does not say: $XDG_RUNTIME_DIR/kser, else a temporary one."""
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         return str(Path(runtime) / "kser")
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")

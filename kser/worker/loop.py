@@ -112,7 +112,8 @@ class Loop:
         self._settled_at = 0.0
         self._busy_at = 0.0
         self._paused_said = 0.0
-        self._polled = time.monotonic()
+        self._polled = self._turned = time.monotonic()
+        self._joined = False
         #: When the budget of a stop ends: draining and the last on_revoke() share it.
         self.stop_by = float("inf")
 
@@ -136,6 +137,8 @@ class Loop:
 
     def turn(self) -> bool:
         """One round: fetch unless there is enough, then settle what has ended. True when there was nothing to do."""
+        self._turned = time.monotonic()
+        self._joined = self._joined or self.source.joined
         self._throttle()
         working = bool(self.in_flight or self.pending or self.batch is not None)
         records: Sequence[Record] = ()
@@ -550,6 +553,7 @@ class Loop:
             if partition in self.parts:
                 self.parts[partition].closed = True
         self._forget(partitions)
+        self._joined = False
         logger.warning("Lost: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
 
     def _close(self, states: Sequence[PartitionState], end: float) -> None:
@@ -641,7 +645,29 @@ class Loop:
 
     def status(self) -> HealthStatus:
         """How it is doing."""
-        raise NotImplementedError
+        free, reasons = self.executor.free, []
+        if not self._joined:
+            reasons.append("not in the group yet")
+        if self.draining or self.worker.stopping:
+            reasons.append("draining")
+        if self._paused_said:
+            reasons.append("paused")
+        if self.executor.exhausted:
+            reasons.append("too many threads were given up")
+        elif free <= 0:
+            reasons.append("no free executor")
+        return HealthStatus(
+            worker=self.worker.name,
+            group=self.worker.group,
+            reasons=tuple(reasons),
+            polled_s_ago=time.monotonic() - self._turned,
+            running=tuple(self.executor.running()),
+            in_flight=self.in_flight,
+            unsettled=len(self.pending),
+            free_executors=max(free, 0),
+            partitions=len(self.parts),
+            draining=self.draining,
+        )
 
 
 def _offsets_of(state: PartitionState, items: Iterable[Item]) -> list[int]:

@@ -18,6 +18,7 @@ from kser.worker.pool import IsolatedPool, location_of
 from kser.worker.runner import Runner
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.slots import take_slot
+from kser.worker.topic_plan import WORKER_FEATURES
 from kser.worker.topics import ensure_group_topics
 
 __all__ = ["Delivery", "LostOffset", "Worker"]
@@ -58,6 +59,7 @@ class Worker:
             "earliest" or "latest" message there is.
         create_topics: make the group's topics when they are missing; else refuse to start.
         events: False to emit no events.
+        location: MODULE_OR_FILE:REGISTRY where child processes find the registry; default: where it is found here.
         health_port: port on 127.0.0.1 for /healthz and /readyz; None: none.
 
     Raises ConfigurationError for values that cannot be.
@@ -86,6 +88,7 @@ class Worker:
         on_lost_offset: LostOffset = "stop",
         create_topics: bool = True,
         events: bool = True,
+        location: str | None = None,
         health_port: int | None = None,
     ) -> None:
         if isinstance(topics, str) or not topics:
@@ -124,6 +127,7 @@ class Worker:
         self.create_topics = create_topics
         self.events = events
         self.health_port = health_port
+        self._location = location
         #: What became of the records so far: done, failed, rejected, foreign, discarded, skipped, came again.
         self.stats: Counter[str] = Counter()
         #: Records that were running when run() returned: their next owner runs them again.
@@ -154,7 +158,14 @@ class Worker:
         transport = self._transport or self._connect()
         admin = transport.admin()
         delivery = self._choose_delivery(admin)
-        ensure_group_topics(admin, self.group, self.topics, create=self.create_topics)
+        ensure_group_topics(
+            admin,
+            self.group,
+            self.topics,
+            create=self.create_topics,
+            features=WORKER_FEATURES if self.events else frozenset(),
+            servers=self._config.get("bootstrap.servers"),
+        )
         limit = max_message_bytes()
         with take_slot(self.group, self.name if self._static else None) as slot:
             self.name, self.delivery = slot.id, delivery
@@ -209,7 +220,7 @@ class Worker:
         if not any(cls.isolate for cls in self.controller.ENTRYPOINTS.values()):
             return None
         return IsolatedPool(
-            location_of(self._registry),
+            self._location or location_of(self._registry),
             self.isolated,
             group=self.group,
             worker=self.name,

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 from confluent_kafka import KafkaError, TopicPartition
@@ -884,8 +885,9 @@ def test_offsets_of_who_is_in_no_group_move_nothing(apache, opened: ExitStack, k
     member = outsider.member()
     assert not member.joined
     sink.begin()
-    with pytest.raises(GroupError):
-        sink.send_offsets([Position(topic, 0, 5)], member)
+    for pretended in (member, replace(member, owned=frozenset({(topic, 0)}))):
+        with pytest.raises(GroupError, match="has not joined"):
+            sink.send_offsets([Position(topic, 0, 5)], pretended)
     with pytest.raises(TransportError):
         sink.commit()
     sink.abort()

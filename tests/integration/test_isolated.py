@@ -539,6 +539,7 @@ def test_a_parent_that_is_killed_leaves_nothing_behind(tmp_path, copy):
         text=True,
         start_new_session=True,
     )
+    everybody: set[int] = set()
     try:
         children = [int(word) for word in parent.stdout.readline().split()]
         everybody = {*children, *told(tmp_path / "one"), *told(tmp_path / "two")}
@@ -548,8 +549,9 @@ def test_a_parent_that_is_killed_leaves_nothing_behind(tmp_path, copy):
         parent.wait(10)
         wait_for(lambda: gone(*everybody), 10, "the end of all processes")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(parent.pid, signal.SIGKILL)
+        for group in (-parent.pid, *everybody):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(group, signal.SIGKILL)
         parent.wait(10)
         parent.stdout.close()
 

@@ -857,39 +857,6 @@ def test_worker_of_an_empty_registry_is_refused(run, app):
     assert "Nothing is registered" in error_line(result)
 
 
-# -- kser topics -----------------------------------------------------------------------------------------------------
-
-
-def test_topics_create_makes_what_is_missing_and_says_what_there_was(run, broker):
-    args = ("--group", "g", "--topics", "shop:6,new:3,other", "--partitions", "5", *SERVERS)
-    result = run("topics", "create", *args, "--format", "json")
-    assert result.exit_code == 0, result.stderr
-    assert json.loads(result.stdout) == {
-        "topics": [
-            {"name": "shop", "partitions": 2, "created": False},
-            {"name": "new", "partitions": 3, "created": True},
-            {"name": "other", "partitions": 5, "created": True},
-            {"name": "g.events", "partitions": 5, "created": True},
-        ]
-    }
-    again = run("topics", "create", *args).stdout
-    assert "created" not in again
-    assert re.search(r"^new +3 +existed$", again, re.MULTILINE)
-
-
-def test_topics_check_tells_findings_and_ends_with_1_until_there_are_none(run):
-    args = ("--group", "g", "--topics", "shop:2,new:3", *SERVERS)
-    result = run("topics", "check", *args)
-    assert result.exit_code == 1
-    assert result.stdout.splitlines() == ["new: missing", "g.events: missing"]
-    assert run("topics", "create", *args).exit_code == 0
-    well = run("topics", "check", *args, "--format", "json")
-    assert well.exit_code == 0
-    assert json.loads(well.stdout) == {"topics": ["shop", "new", "g.events"], "findings": []}
-    wrong = run("topics", "check", "--group", "g", "--topics", "shop:7", *SERVERS)
-    assert (wrong.exit_code, wrong.stdout) == (1, "shop: 2 partitions, expected 7\n")
-
-
 # -- kser demo -------------------------------------------------------------------------------------------------------
 
 

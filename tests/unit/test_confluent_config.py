@@ -1,11 +1,13 @@
-"""kser.confluent.config, .errors and .logs: no broker is needed for any of it."""
+"""kser.confluent.config, .errors, .aside and .logs: no broker is needed for any of it."""
 
 import logging
+import threading
 from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer
 
+from kser.confluent.aside import Aside
 from kser.confluent.config import (
     admin_config,
     checked,
@@ -387,6 +389,44 @@ def test_what_the_client_raises_for_misuse_is_a_transport_error_too():
         raise KafkaException(KafkaError(KafkaError.UNKNOWN_MEMBER_ID))
     with pytest.raises(TransportError), kafka_errors("Reading"):
         raise KafkaException("no error object")
+
+
+# -- calls that know no timeout ----------------------------------------------------------------------------------------
+
+
+def test_a_call_aside_gives_what_the_function_gives_or_raises():
+    aside = Aside()
+    assert aside.call(lambda: 5, 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        aside.call(lambda: 1 // 0, 5)
+    assert aside.call(threading.get_ident, 5) != threading.get_ident()
+    assert aside.call(threading.get_ident, 5) == aside.call(threading.get_ident, 5)  # one thread for all of them
+
+
+def test_a_call_aside_that_takes_too_long_is_left_and_the_next_one_waits_for_it():
+    aside, go_on, calls = Aside(), threading.Event(), []
+    with pytest.raises(TimeoutError):
+        aside.call(go_on.wait, 0.01)
+    with pytest.raises(TimeoutError):
+        aside.call(lambda: calls.append("not made"), 0.01)
+    go_on.set()
+    assert aside.call(lambda: calls.append("made"), 10) is None
+    assert calls == ["made"]
+
+
+@pytest.mark.parametrize("end", ["close", "collected"])
+def test_the_thread_of_calls_aside_ends_with_their_owner(end):
+    aside = Aside()
+    thread = aside.call(threading.current_thread, 5)
+    assert thread.is_alive()
+    if end == "close":
+        aside.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert aside.call(lambda: "again", 5) == "again"
+    del aside
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 # -- logs --------------------------------------------------------------------------------------------------------------
