@@ -6,10 +6,10 @@ import importlib.util
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from kser.controller import Controller
 from kser.entry import Entrypoint, wire_name
@@ -17,15 +17,17 @@ from kser.errors import ConfigurationError, ValidationError
 from kser.sequencing.registry import OperationRegistry
 
 __all__ = [
+    "Needs",
     "absolute",
+    "answer_to",
     "find_class",
     "guard",
     "import_target",
     "load",
     "load_controller",
     "location_of",
-    "modules_of",
     "names_of",
+    "needs_of",
     "stand_in_for_main",
     "stop_at_guard",
     "where",
@@ -139,31 +141,51 @@ def absolute(target: str) -> str:
     return f"{Path(path).resolve()}:{attribute}" if attribute else str(Path(path).resolve())
 
 
-def modules_of(target: str) -> tuple[list[str], str | None]:
-    """What else another process has to import to know all classes that are registered here, and what the script is.
+class Needs(NamedTuple):
+    """What another process has to do beside loading a registry to know what this one knows."""
 
-    The first are modules, and the file of the script when classes are defined in it. The second is that file (or the
-    module, after ``python -m``) when the other process needs it at all: there it has to stand in for ``__main__``.
-    Imports nothing: a target that is not loaded in this process gives ([], None).
+    #: Modules to import, and the file of the script when classes are defined in it.
+    modules: list[str]
+    #: What has to stand in for ``__main__`` there: the script's file, or the module after ``python -m``; None: nothing.
+    main: str | None
+    #: Every name that messages may use -> the class's own.
+    names: dict[str, str]
+
+
+def needs_of(target: str) -> Needs:
+    """What another process needs to know all classes that are registered here in what ``target`` names.
+
+    Imports nothing: a target that is not loaded in this process needs nothing.
     """
     path, attribute = _split(target)
     main = _main_place()
     if _is_file(path):
         path = str(Path(path).resolve())
-        module = sys.modules.get("__main__") if path == main else sys.modules.get(_place(Path(path))[1])
+        module = sys.modules.get("__main__" if path == main else _place(Path(path))[1])
     else:
-        module = sys.modules.get("__main__") if path == main else sys.modules.get(path)
+        module = sys.modules.get("__main__" if path == main else path)
     if module is None:
-        return [], None
+        return Needs([], None, {})
     try:
-        value = _named(module, attribute) if attribute else _only(module, path)
+        controller = _controller_of(_named(module, attribute) if attribute else _only(module, path))
     except ConfigurationError:
-        return [], None
-    names = {cls.__module__ for cls in _classes(value)}
-    needed = sorted(name for name in names - {"__main__", path} if name.partition(".")[0] != "kser")
-    if main is None or not (path == main or "__main__" in names):
-        return needed, None
-    return [*needed, *([main] if path != main else [])], main
+        controller = None
+    if controller is None:
+        return Needs([], None, {})
+    names = {name: wire_name(cls) for name, cls in controller.ENTRYPOINTS.items()}
+    defined = {cls.__module__ for cls in controller.ENTRYPOINTS.values()}
+    modules = sorted(name for name in defined - {"__main__", path} if name.partition(".")[0] != "kser")
+    if main is None or not (path == main or "__main__" in defined):
+        return Needs(modules, None, names)
+    return Needs([*modules, *([main] if path != main else [])], main, names)
+
+
+def answer_to(controller: Controller | type[Controller], names: Mapping[str, str]) -> None:
+    """Let the classes of a controller answer to further names, given with the class's own."""
+    for name, own in names.items():
+        cls = controller.find(own)
+        if cls is not None and controller.find(name) is None:
+            controller.register(name, cls)
 
 
 def import_target(target: str) -> ModuleType:

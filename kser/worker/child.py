@@ -275,6 +275,7 @@ class _Child:
             loading.import_target(module)
         if orders["main"] is not None:
             loading.stand_in_for_main(orders["main"], controller)
+        loading.answer_to(controller, orders["names"])
         return Runner(controller, orders["group"], orders["worker"], orders["limit"], events=orders["events"])
 
     def _refuse(self, why: str) -> NoReturn:

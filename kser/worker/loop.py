@@ -11,7 +11,16 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from kser.errors import Error, GroupError, OffsetLostError, TransportError, ValidationError
+from kser.errors import (
+    AbortedError,
+    Error,
+    GroupError,
+    OffsetLostError,
+    TaskCrashedError,
+    TaskTimeoutError,
+    TransportError,
+    ValidationError,
+)
 from kser.events import events_topic
 from kser.transport import Partition, Position, Record, Sink, Source, Transport
 from kser.worker.dispatch import Dispatcher, Item
@@ -258,10 +267,12 @@ class Loop:
         assert self._pool is not None
         cls, control = work.cls, item.control
         try:
-            outcome = self._pool.run(
+            outcome: Outcome = self._pool.run(
                 work.record, cls.timeout if cls is not None else None, lambda: control.aborted, control.beat
             )
-        except Exception as exc:  # noqa: BLE001 - the child died, was killed, or cannot start: the task failed
+        except AbortedError:
+            return Outcome("aborted")  # its partition is gone, or the worker ends: it runs again elsewhere
+        except (TaskTimeoutError, TaskCrashedError) as exc:
             return self.runner.fail(work, exc)
         self.runner.refused_for(work, outcome)
         return outcome
@@ -289,7 +300,7 @@ class Loop:
             record, state, outcome = item.record, item.state, item.outcome
             if record.value is not None:
                 size += len(record.value)
-            if outcome is None or state.gone:
+            if outcome is None or state.gone or outcome.kind == "aborted":
                 stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
                 continue
             stats[outcome.kind] += 1

@@ -326,14 +326,15 @@ class IsolatedPool:
 
 def _surroundings(location: str) -> dict[str, Any]:
     """What a child needs to import what this process did, and which log lines anybody wants."""
-    modules, main = loading.modules_of(location)
+    needs = loading.needs_of(location)
     root = logging.getLogger()
     known = tuple(root.manager.loggerDict.items())
     levels = {name: found.level for name, found in known if isinstance(found, logging.Logger)}
     return {
         "location": location,
-        "modules": modules,
-        "main": main,
+        "modules": needs.modules,
+        "main": needs.main,
+        "names": needs.names,
         "argv": [str(argument) for argument in sys.argv],
         "path": [entry for entry in sys.path if type(entry) is str],
         "level": root.level,

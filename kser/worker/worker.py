@@ -2,10 +2,13 @@
 
 import os
 import socket
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
+from kser import loading
 from kser.controller import Controller
 from kser.errors import ConfigurationError
 from kser.producer import max_message_bytes
@@ -14,7 +17,7 @@ from kser.transport import TopicAdmin, Transport
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
 from kser.worker.loop import Loop
-from kser.worker.pool import IsolatedPool, location_of
+from kser.worker.pool import IsolatedPool
 from kser.worker.runner import Runner
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.slots import take_slot
@@ -26,6 +29,8 @@ __all__ = ["Delivery", "LostOffset", "Worker"]
 Delivery = Literal["exactly_once", "at_least_once"]
 LostOffset = Literal["stop", "earliest", "latest"]
 
+#: How long a busy thread keeps the GIL while others want it, in seconds.
+_TURN_S: Final = 0.0002
 #: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
 _EMBEDDED: Final = "mockCluster"
 
@@ -155,6 +160,7 @@ class Worker:
             OffsetLostError: a committed offset does not exist any more, and ``on_lost_offset`` is "stop".
             ConfigurationError: a setting is wrong, or topics are missing.
         """
+        loading.guard()
         transport = self._transport or self._connect()
         admin = transport.admin()
         delivery = self._choose_delivery(admin)
@@ -177,7 +183,7 @@ class Worker:
                 if self.health_port is not None:
                     health = HealthServer(self.health_port, self.status)
                     health.start()
-                with stopping_on_signals(self.stop):
+                with stopping_on_signals(self.stop), _short_turns():
                     self._loop.run(until_idle=until_idle)
             finally:
                 if health is not None:
@@ -220,13 +226,27 @@ class Worker:
         if not any(cls.isolate for cls in self.controller.ENTRYPOINTS.values()):
             return None
         return IsolatedPool(
-            self._location or location_of(self._registry),
+            self._location or loading.location_of(self._registry),
             self.isolated,
             group=self.group,
             worker=self.name,
             limit=limit,
             events=self.events,
         )
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let threads take turns more often: the client takes the GIL for each delivery report, and waits each time.
+
+    Beside one busy thread 500 confirmed records took 200 ms with Python's 5 ms, and 5 ms with 0.2 ms.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, _TURN_S))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

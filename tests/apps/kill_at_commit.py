@@ -13,13 +13,13 @@ from tests.apps.dice import registry
 
 
 class KillingTransport(ConfluentTransport):
-    def source(self, group):
-        source = super().source(group)
+    def source(self, group, **options):
+        source = super().source(group, **options)
 
-        def commit(positions, timeout_s=10):
+        def commit(*arguments, **options):
             os.kill(os.getpid(), signal.SIGKILL)
 
-        source.commit = commit
+        source.commit = source.commit_later = commit
         return source
 
 
@@ -27,6 +27,5 @@ CONFIG = {"session.timeout.ms": 6000, "heartbeat.interval.ms": 1000}
 
 if __name__ == "__main__":
     bootstrap, topic, group = sys.argv[1:4]
-    Worker(
-        registry, topics=[topic], group=group, transport=KillingTransport(CONFIG | {"bootstrap.servers": bootstrap})
-    ).run()
+    transport = KillingTransport(CONFIG | {"bootstrap.servers": bootstrap})
+    Worker(registry, topics=[topic], group=group, transport=transport, delivery="at_least_once").run()

@@ -22,10 +22,11 @@ from kser import ConfigurationError, Message, Worker
 from kser.confluent.producer import Producer
 from kser.errors import AbortedError, TaskCrashedError, TaskTimeoutError
 from kser.events import Event, OperationView, read
+from kser.loading import load
 from kser.producer import BaseProducer
 from kser.transport import Record, TopicSpec
 from kser.transport.memory import MemoryTransport
-from kser.worker.pool import IsolatedPool
+from kser.worker.pool import IsolatedPool, location_of
 from kser.worker.runner import ATTEMPT_HEADER, GROUP_HEADER, Runner
 from tests.apps import isolated
 from tests.processes import environment, wait_for, worker
@@ -436,6 +437,16 @@ def test_the_registry_of_a_script_works_and_its_classes_keep_their_names(tmp_pat
     message = Message.loads(lines[0])
     assert message.entrypoint == "__main__.Other"
     assert lines[1:] == (["the end"] if kind == "caught" else [])
+
+
+def test_what_was_sent_by_a_script_runs_where_its_file_was_loaded(tmp_path, monkeypatch):
+    """Its classes are named as those of ``__main__`` then; `kser worker` loads the file so."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = program(tmp_path, SCRIPT, f"app_{uuid.uuid4().hex[:8]}.py")
+    loaded = load(f"{path}:registry")
+    with pool_of(location_of(loaded), size=1) as fresh:
+        assert fresh.run(record("__main__.Asks"), 20, never).kind == "done"
+    del sys.modules[path.stem]
 
 
 def test_a_script_without_a_guard_runs_one_worker_and_not_one_in_each_child(tmp_path):

@@ -31,7 +31,7 @@ def test_metadata_is_read_as_it_was_written(base, gaps, beyond):
     "text", ["", "some other program's", "k1;", "k1;id", "k1;id;x,y", "k1;id;z!!", "k1;id;", "kx;a;1"]
 )
 def test_what_another_program_stored_means_nothing(text):
-    settle_id, end, unfinished = decode(7, text)
+    _, end, unfinished = decode(7, text)
     assert (end, unfinished) == (7, [])
 
 

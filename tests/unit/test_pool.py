@@ -13,7 +13,17 @@ import pytest
 
 from kser import ConfigurationError, Controller, OperationRegistry, Task
 from kser.context import Control
-from kser.loading import absolute, guard, load_controller, location_of, modules_of, stand_in_for_main, stop_at_guard
+from kser.loading import (
+    absolute,
+    answer_to,
+    guard,
+    load,
+    load_controller,
+    location_of,
+    needs_of,
+    stand_in_for_main,
+    stop_at_guard,
+)
 from kser.worker.child import ABORT, BEAT, Channel, _Child, _Control, _Forwarding, pack
 from kser.worker.pool import IsolatedPool
 from tests.apps import isolated
@@ -97,21 +107,21 @@ def test_a_script_is_named_by_its_file_when_it_defines_classes(script, module):
         class One(Task): pass
     """)
     assert location_of(main.registry) == f"{main.__file__}:registry"
-    assert modules_of(location_of(main.registry)) == ([], main.__file__)
+    assert needs_of(location_of(main.registry))[:2] == ([], main.__file__)
 
 
 def test_a_script_that_only_uses_a_registry_is_not_loaded_again(script, module):
     base = module(REGISTRY)
     main = script(f"from {base.__name__} import registry")
     assert location_of(main.registry) == f"{base.__name__}:registry"
-    assert modules_of(location_of(main.registry)) == ([], None)
+    assert needs_of(location_of(main.registry))[:2] == ([], None)
 
 
 def test_a_module_of_the_command_line_is_named_as_it_was_said(script):
     main = script(REGISTRY)
     main.__spec__ = importlib.machinery.ModuleSpec("shop.worker", None)
     assert location_of(main.registry) == "shop.worker:registry"
-    assert modules_of("shop.worker:registry") == ([], "shop.worker")
+    assert needs_of("shop.worker:registry")[:2] == ([], "shop.worker")
 
 
 def test_the_other_modules_that_define_classes_are_named_the_script_among_them(script, module):
@@ -120,12 +130,25 @@ def test_the_other_modules_that_define_classes_are_named_the_script_among_them(s
     main = script(f"from kser import Task\nimport {base.__name__} as b\n@b.registry.subscribe\nclass Two(Task): pass")
     location = location_of(base.registry)
     assert location == f"{base.__name__}:registry"
-    assert modules_of(location) == ([more.__name__, main.__file__], main.__file__)
+    assert needs_of(location)[:2] == ([more.__name__, main.__file__], main.__file__)
 
 
 def test_what_is_not_loaded_here_needs_nothing_more():
-    assert modules_of("no.such.module:registry") == ([], None)
-    assert modules_of("no/such/file.py:registry") == ([], None)
+    assert needs_of("no.such.module:registry") == ([], None, {})
+    assert needs_of("no/such/file.py:registry") == ([], None, {})
+    assert needs_of("tests.apps.isolated:nothing") == ([], None, {})
+
+
+def test_all_names_of_the_classes_are_named_and_can_be_given_to_those_of_another_process(module):
+    made = module(REGISTRY)
+    stem = made.__name__
+    load(f"{made.__file__}:registry").controller.register("uno", made.One)
+    names = needs_of(location_of(made.registry)).names
+    assert names == {f"{stem}.One": f"{stem}.One", "__main__.One": f"{stem}.One", "uno": f"{stem}.One"}
+    other = OperationRegistry()
+    other.subscribe(made.One)
+    answer_to(other.controller, {**names, "nobody": "no.such.Class"})
+    assert set(other.tasks()) == set(names)
 
 
 def test_a_registry_that_no_module_has_is_refused_with_what_to_do():
