@@ -16,10 +16,6 @@ __all__ = ["Fleet", "Settings", "catches"]
 Delivery = Literal["exactly_once", "at_least_once"]
 Protocol = Literal["classic", "consumer"]
 
-#: What a worker gets to end its running tasks when it is asked to stop, --drain.
-DRAIN_S = 5.0
-#: What it may take beyond that, to settle (a settle thread that hangs is abandoned after 20 s) and to leave.
-LIMIT_S = 30.0
 #: A worker that does not react to SIGTERM yet is still starting.
 STARTING_S = 30.0
 #: A worker that ends by itself is started again at most so often.
@@ -42,6 +38,10 @@ class Settings:
     #: Workers have names of their own (--name): static members, stable transactional ids.
     named: bool
     logs: Path
+    #: What a worker gets to end its running tasks when it is asked to stop, --drain.
+    drain_s: float = 5.0
+    #: What it may take beyond that, to settle (a settle thread that hangs is given up after 20 s) and to leave.
+    limit_s: float = 30.0
     app: str = "tests.chaos.app:registry"
     log_level: str = "warning"
 
@@ -57,7 +57,7 @@ class Settings:
         """`kser worker` of this slot."""
         words = ["env", f"PYTHONPATH={ROOT}", "PYTHONUNBUFFERED=1", sys.executable, "-m", "kser", "worker", self.app]
         words += ["--bootstrap-servers", self.bootstrap, "--topics", self.topic, "--group", self.group]
-        words += ["--delivery", self.delivery, "--drain", str(DRAIN_S), "--log-level", self.log_level]
+        words += ["--delivery", self.delivery, "--drain", str(self.drain_s), "--log-level", self.log_level]
         words += ["--name", slot] if self.named else []
         for name, value in self.properties.items():
             words += ["-X", f"{name}={value}"]
@@ -136,7 +136,7 @@ class Fleet:
             return False
         self._send(slot, signal.SIGTERM)
         slot.state, slot.again_s, slot.asked_at = "ending", again_s, time.monotonic()
-        slot.at = slot.asked_at + DRAIN_S + LIMIT_S
+        slot.at = slot.asked_at + self.settings.drain_s + self.settings.limit_s
         return True
 
     def pause(self, name: str, for_s: float) -> bool:

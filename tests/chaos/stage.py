@@ -15,7 +15,7 @@ from kser.confluent.producer import Producer
 from kser.events import events_topic
 from tests.apache_kafka import ApacheKafka
 from tests.chaos.app import registry
-from tests.chaos.fleet import DRAIN_S, Fleet, Settings
+from tests.chaos.fleet import Fleet, Settings
 from tests.chaos.harness import OPEN_S, make_operation
 from tests.chaos.judge import Facts, Verdict, judge
 from tests.chaos.killer import Options
@@ -50,7 +50,7 @@ class StageSettings(Settings):
             delivery=self.delivery,
             properties=self.properties,
             name=slot if self.named else None,
-            drain_s=DRAIN_S,
+            drain_s=self.drain_s,
             settle_limit_s=self.settle_limit_s,
             point=self.point,
             after=self.after,
