@@ -87,8 +87,6 @@ class Sequencer:
         self, task: Task, result: Result, data: dict[str, Any], topic: str, *, events: bool
     ) -> Consequences | None:
         """task_ended() for a success with a plain itinerary and a plain next task, or None where it is not that."""
-        if events and data.get("new"):
-            return None
         following = next_step(data, topic)
         if following is None:
             return None
@@ -100,6 +98,8 @@ class Sequencer:
         out = Consequences([message])
         if events:
             ops = data["ops"]
+            if data.get("new"):
+                self._started(Itinerary.load(data), out)
             out.events.append(
                 Event(
                     EventType.STEP_DONE,

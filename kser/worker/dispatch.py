@@ -1,7 +1,7 @@
 """Which records run side by side: records of one key one after the other, those of different keys in parallel."""
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from kser.transport import Record
@@ -15,7 +15,7 @@ Ordering = Literal["key", "partition", "none"]
 class Item:
     """One record on its way through the worker. ``outcome`` is None until it was run, and when it never is."""
 
-    __slots__ = ("admitted", "control", "error", "last", "outcome", "record", "state", "work")
+    __slots__ = ("admitted", "control", "error", "last", "outcome", "place", "record", "state", "turn", "work")
 
     def __init__(self, state: PartitionState, record: Record) -> None:
         self.state = state
@@ -29,6 +29,9 @@ class Item:
         self.admitted: Any = None
         #: Why it is not run (any more) but failed.
         self.error: Exception | None = None
+        #: Where the dispatcher put it, and when: only for its own bookkeeping.
+        self.turn = 0
+        self.place = 0
 
 
 #: Records that are run one after the other by one thread: a lone one, or those of a key that came together.
@@ -47,40 +50,40 @@ class Dispatcher:
     def __init__(self, ordering: Ordering, submit: Callable[[list[Unit]], None]) -> None:
         self._ordering = ordering
         self._submit = submit
+        self._turn = 0
 
-    def take(self, items: Iterable[Item]) -> None:
+    def take(self, items: Sequence[Item]) -> None:
         """Run these, in order where they share a lane."""
-        units: list[Unit] = []
         if self._ordering == "none":
-            units.extend(items)
-            self._submit(units)
+            self._submit(list(items))
             return
         by_key = self._ordering == "key"
-        fresh: dict[tuple[int, bytes | None], Unit] = {}
+        self._turn = turn = self._turn + 1
+        units: list[Unit] = []
         for item in items:
-            key = item.record.key if by_key else None
-            if key is None and by_key:
+            key = item.record.key if by_key else _WHOLE
+            if key is None:
                 units.append(item)
                 continue
             lanes = item.state.lanes
-            if key not in lanes:
-                lanes[key] = None
-                fresh[id(lanes), key] = item
-                continue
-            unit = fresh.get((id(lanes), key))
-            if unit is not None:  # the lane's unit is being made up right here
+            before: Any = lanes.get(key)
+            if before is None:
+                # What is in a lane that has nothing waiting: the first record of the unit that is under way.
+                lanes[key] = item
+                item.turn, item.place = turn, len(units)
+                units.append(item)
+            elif type(before) is Item:
+                if before.turn != turn:
+                    lanes[key] = deque((item,))
+                    continue
+                unit = units[before.place]  # it is being made up right here
                 if type(unit) is Item:
-                    fresh[id(lanes), key] = unit = deque((unit,))
+                    units[before.place] = unit = deque((unit,))
                 unit[-1].last = False  # type: ignore[index]
                 unit.append(item)  # type: ignore[union-attr]
-                continue
-            waiting = lanes[key]
-            if waiting is None:
-                lanes[key] = deque((item,))
             else:
-                waiting[-1].last = False  # type: ignore[index]
-                waiting.append(item)  # type: ignore[attr-defined]
-        units.extend(fresh.values())
+                before[-1].last = False
+                before.append(item)
         if units:
             self._submit(units)
 
@@ -89,13 +92,17 @@ class Dispatcher:
         units: list[Unit] = []
         by_key = self._ordering == "key"
         for item in items:
-            key = item.record.key if by_key else None
-            lanes = item.state.lanes
-            waiting: Any = lanes.get(key)
-            if waiting is None:
-                lanes.pop(key, None)
+            key = item.record.key if by_key else _WHOLE
+            if key is None:
                 continue
-            lanes[key] = None
-            units.append(waiting)
+            lanes = item.state.lanes
+            waiting: Any = lanes.pop(key, None)
+            if type(waiting) is deque:
+                lanes[key] = waiting[0]
+                units.append(waiting)
         if units:
             self._submit(units)
+
+
+#: The lane that is a whole partition.
+_WHOLE = b""

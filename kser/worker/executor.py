@@ -23,6 +23,7 @@ from kser.entry import Entrypoint
 from kser.errors import TaskTimeoutError
 from kser.worker.dispatch import Item, Unit
 from kser.worker.health import RunningTask
+from kser.worker.offsets import PartitionState
 from kser.worker.runner import Outcome, Runner, Work
 
 __all__ = ["Executor"]
@@ -310,9 +311,9 @@ class Executor:
         crews = (self._crew, self._waiting, self._isolated)
         return [hand for crew in crews if crew is not None for hand in tuple(crew.hands)]
 
-    def running_of(self, closing: Collection[int]) -> bool:
-        """Whether a record runs whose state's id() is among these."""
-        return any(item is not None and id(item.state) in closing for item in (h.item for h in self._hands()))
+    def running_of(self, closing: Collection[PartitionState]) -> bool:
+        """Whether a record of these runs."""
+        return any(item is not None and item.state in closing for item in (h.item for h in self._hands()))
 
     @property
     def doing(self) -> str:
@@ -337,12 +338,12 @@ class Executor:
             )
         return found
 
-    def abort(self, reason: str, closing: Collection[int] | None = None) -> None:
-        """Tell what runs (of these states, by id()) that it should end."""
+    def abort(self, reason: str, closing: Collection[PartitionState] | None = None) -> None:
+        """Tell what runs, of these, that it should end."""
         for hand in self._hands():
             with hand.lock:
                 item = hand.item
-                if item is None or item.control is None or (closing is not None and id(item.state) not in closing):
+                if item is None or item.control is None or (closing is not None and item.state not in closing):
                     continue
                 if item.control.aborted is None:
                     item.control.aborted = reason

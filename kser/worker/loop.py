@@ -104,10 +104,10 @@ class Loop:
         self.batch: Batch | None = None
         #: A batch whose commit got no answer.
         self.unknown: Batch | None = None
-        #: At least once: partitions with settled records whose offsets are not stored yet, by id().
-        self.uncommitted: dict[int, PartitionState] = {}
+        #: At least once: partitions with settled records whose offsets are not stored yet.
+        self.uncommitted: set[PartitionState] = set()
         #: Those whose offsets the broker has been asked to store.
-        self._storing: dict[int, PartitionState] = {}
+        self._storing: set[PartitionState] = set()
         self._commit_due = 0.0
         self.draining = False
         self.failure: Error | None = None
@@ -291,9 +291,13 @@ class Loop:
                 told = get()
         except queue.Empty:
             pass
-        finished = self.executor.finished
+        if self.executor.finished:
+            self._take_back(self.executor.finished)
+
+    def _take_back(self, finished: deque[Item]) -> None:
+        """What the executor is done with."""
         freed: list[Item] = []
-        stats, pending, size, count = self.stats, self.pending, 0, 0
+        pending, size, count, done = self.pending, 0, 0, 0
         while finished:
             item = finished.popleft()
             count += 1
@@ -301,22 +305,26 @@ class Loop:
             if record.value is not None:
                 size += len(record.value)
             if outcome is None or state.gone or outcome.kind == "aborted":
-                stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
+                self.stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
                 continue
-            stats[outcome.kind] += 1
-            if outcome.kind == "broken":
-                logger.error("Stopping: a record broke the worker; it stays unsettled")
-                self.worker.stop()
-                continue
+            if outcome.kind == "done":
+                done += 1
+            else:
+                self.stats[outcome.kind] += 1
+                if outcome.kind == "broken":
+                    logger.error("Stopping: a record broke the worker; it stays unsettled")
+                    self.worker.stop()
+                    continue
             if item.last:
                 freed.append(item)
             state.finished(record.offset)
             pending.append(item)
-        if count:
-            self.in_flight -= count
-            self.bytes_in_flight -= size
-            if freed and self.worker.ordering != "none":
-                self.dispatcher.freed(freed)
+        if done:
+            self.stats["done"] += done
+        self.in_flight -= count
+        self.bytes_in_flight -= size
+        if freed and self.worker.ordering != "none":
+            self.dispatcher.freed(freed)
 
     # -- settling ----------------------------------------------------------------------------------------------------
 
@@ -368,9 +376,9 @@ class Loop:
         held: list[Item] = []
         self._count += 1
         settle_id = f"{self.worker.name}.{self._life}.{self._count}"
-        states = {id(item.state): item.state for item in items}
         positions: list[Position] = []
-        for state in states.values():
+        states = {item.state for item in items}
+        for state in states:
             try:
                 positions.append(state.commit_point(settle_id))
             except ValidationError as exc:
@@ -384,7 +392,7 @@ class Loop:
             self._not_before = now + _SETTLE_EVERY_S
             return
         self.pending = held
-        self.batch = Batch(items, positions, member, settle_id)
+        self.batch = Batch(items, positions, member, settle_id, states)
         self._settler.give(self.batch)
 
     def _told(self, verdict: Verdict) -> None:
@@ -415,8 +423,8 @@ class Loop:
         for item, error in verdict.refused:
             if not item.state.gone:
                 self._refused(item, error)
-        if verdict.settled and not self.exactly_once:
-            self.uncommitted.update((id(item.state), item.state) for item in verdict.settled if not item.state.gone)
+        if verdict.settled and verdict.batch is not None and not self.exactly_once:
+            self.uncommitted |= {state for state in verdict.batch.states if not state.gone}
 
     def _refused(self, item: Item, error: Error) -> None:
         """The broker refused what follows from a record, for good: something else follows from it."""
@@ -442,11 +450,11 @@ class Loop:
         if self._storing and not wait:
             return
         states = self.uncommitted | self._storing
-        self.uncommitted, self._storing = {}, {}
+        self.uncommitted, self._storing = set(), set()
         self._count += 1
         settle_id = f"{self.worker.name}.{self._life}.{self._count}"
         positions = []
-        for state in states.values():
+        for state in states:
             if state.gone:
                 continue
             try:
@@ -468,7 +476,7 @@ class Loop:
             self._stored(None)
 
     def _stored(self, error: Error | None) -> None:
-        states, self._storing = self._storing, {}
+        states, self._storing = self._storing, set()
         if error is None:
             return
         # Nothing is lost: killed before the next try, these records run again. On a GroupError a rebalance is about to
@@ -479,7 +487,7 @@ class Loop:
             error.message,
         )
         self._commit_due = time.monotonic() + _BACKOFF_S
-        self.uncommitted.update((key, state) for key, state in states.items() if not state.gone)
+        self.uncommitted |= {state for state in states if not state.gone}
 
     # -- a settle thread that hangs, an answer that got lost ---------------------------------------------------------
 
@@ -570,7 +578,7 @@ class Loop:
     def _close(self, states: Sequence[PartitionState], end: float) -> None:
         for state in states:
             state.closed = True
-        closing = {id(state) for state in states}
+        closing = set(states)
         self.executor.drop_closed()
 
         def running() -> bool:
@@ -586,8 +594,8 @@ class Loop:
 
         def unsettled() -> bool:
             batches = [b.items for b in (self.batch, self.unknown) if b is not None]
-            return not closing.isdisjoint(self.uncommitted.keys() | self._storing.keys()) or any(
-                id(item.state) in closing for items in (self.pending, *batches) for item in items
+            return not closing.isdisjoint(self.uncommitted | self._storing) or any(
+                item.state in closing for items in (self.pending, *batches) for item in items
             )
 
         while unsettled() and time.monotonic() < end and self.failure is None and self.worker.stopping < 3:
@@ -598,11 +606,11 @@ class Loop:
         gone = [state for p in partitions if (state := self.parts.pop(p, None)) is not None]
         for state in gone:
             state.gone = True
-            self.uncommitted.pop(id(state), None)
+            self.uncommitted.discard(state)
             self.halted.discard(state.of)
             self.bounded.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
-        self.executor.abort("lost", {id(state) for state in gone})
+        self.executor.abort("lost", set(gone))
         self.executor.drop_closed()
 
     # -- stopping ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from kser import context, results
@@ -190,7 +191,7 @@ class Runner:
         """Give an Outcome that was made in another process what it needs when the broker refuses its records."""
         task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
         task.entrypoint = work.kmsg.entrypoint
-        outcome.refused = lambda error: self._task_refused(error, task, work.itinerary, work.record.topic)
+        outcome.refused = partial(self._task_refused, task, work)
 
     def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
         kmsg = work.kmsg
@@ -243,18 +244,25 @@ class Runner:
             task.entrypoint = kmsg.entrypoint
         scope.derive_from(kmsg.uuid, ":hooks")
         result = self.controller._onresult(kmsg, result)
-        success, consequences = results.is_success(result), None
-        if not success:
+        if not results.is_success(result):
             outbox.drop()  # nothing of a failed task leaves
-        elif work.plain is not None:
+            return self._ended(work, task, result, outbox)
+        if work.plain is not None:
             consequences = self.sequencer.plain_step(
                 task, result, work.plain, topic, events=self._events_topic is not None
             )
-        if consequences is None:
-            consequences = self.sequencer.task_ended(task, result, work.itinerary, topic)
-        outcome = self._outcome("done" if success else "failed", consequences, outbox)
-        if outcome.records:
-            outcome.refused = lambda error: self._task_refused(error, task, work.itinerary, topic)
+            if consequences is not None:
+                outcome = self._outcome("done", consequences, outbox)
+                outcome.refused = partial(self._task_refused, task, work)
+                return outcome
+        elif self._events_topic is None and not outbox.messages and work.itinerary is None:
+            return Outcome("done")  # nothing follows from it
+        return self._ended(work, task, result, outbox)
+
+    def _ended(self, work: Work, task: Task, result: Result, outbox: _Outbox) -> Outcome:
+        consequences = self.sequencer.task_ended(task, result, work.itinerary, work.record.topic)
+        outcome = self._outcome("done" if results.is_success(result) else "failed", consequences, outbox)
+        outcome.refused = partial(self._task_refused, task, work)
         return outcome
 
     def _launch(self, record: Record, operation: Operation, itinerary: Itinerary | None, outbox: _Outbox) -> Outcome:
@@ -291,7 +299,9 @@ class Runner:
             logger.exception("%s.OnError: %s[%s] raised", type(task).__name__, task.path, task.uuid)
             return failure
 
-    def _task_refused(self, error: Error, task: Task, itinerary: Itinerary | None, topic: str) -> list[OutRecord]:
+    def _task_refused(self, task: Task, work: Work, error: Error) -> list[OutRecord]:
+        itinerary, topic = work.itinerary, work.record.topic
+
         def consequences(failure: Result) -> Consequences:
             if itinerary is not None and itinerary.frames:
                 return self.sequencer.failed(task, failure, itinerary, topic)
@@ -331,7 +341,8 @@ class Runner:
         )
 
     def _records(self, messages: list[Outgoing], events: list[Event]) -> list[OutRecord]:
-        records = [OutRecord(m.topic, key_bytes(m.key), m.value, self._headers) for m in messages]
+        headers = self._headers
+        records = [OutRecord(m.topic, key_bytes(m.key), m.value, headers) for m in messages] if messages else []
         if self._events_topic is not None:
             for event in events:
                 value = event.to_bytes(self.worker)

@@ -22,6 +22,7 @@ from typing import Final
 from kser.errors import DeliveryError, Error, FencedError, GroupError, TransportError
 from kser.transport import GroupMember, OutRecord, Position, Sink
 from kser.worker.dispatch import Item
+from kser.worker.offsets import PartitionState
 
 __all__ = ["AtLeastOnce", "Batch", "ExactlyOnce", "Settler", "Verdict"]
 
@@ -50,6 +51,8 @@ class Batch:
     member: GroupMember | None
     #: In the metadata of each position.
     settle_id: str
+    #: The partitions of the items.
+    states: set[PartitionState]
     #: When it was given away, time.monotonic().
     since: float = 0.0
 
@@ -271,9 +274,14 @@ class AtLeastOnce(Settler):
         again: set[int] = set()
         refused: dict[int, Error] = {}
         # What a task itself sent goes first: is that refused, the task fails, and its operation must not have gone on.
-        first = [(n, r) for n, item in enumerate(batch.items) for r in self._first(item)]
+        ahead = any(item.outcome.ahead for item in batch.items)
+        first = [
+            (n, record)
+            for n, item in enumerate(batch.items)
+            for record in (item.outcome.records if not ahead else self._first(item))
+        ]
         self._deliver(first, batch, again, refused)
-        if any(item.outcome.ahead for item in batch.items):
+        if ahead:
             rest = [
                 (n, r)
                 for n, item in enumerate(batch.items)
