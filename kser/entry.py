@@ -33,7 +33,18 @@ def result_extra(result: Result) -> dict[str, Any]:
 
 
 class EntrypointMeta(type):
-    """Gives every entrypoint class its ``path``."""
+    """Gives every entrypoint class its ``path``, and notices when a class is changed."""
+
+    #: What was found out about classes; emptied when one of them gets or loses an attribute.
+    facts: ClassVar[dict[type, bool]] = {}
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        EntrypointMeta.facts.clear()
+        super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        EntrypointMeta.facts.clear()
+        super().__delattr__(name)
 
     @property
     def path(cls) -> str:

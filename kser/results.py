@@ -10,7 +10,18 @@ from marshmallow import ValidationError as SchemaError
 
 from kser.errors import Error, InternalError, ValidationError
 
-__all__ = ["ACCEPTED", "Result", "ResultSchema", "dump", "from_exception", "is_success", "json_safe", "merge", "shown"]
+__all__ = [
+    "ACCEPTED",
+    "Result",
+    "ResultSchema",
+    "dump",
+    "forward",
+    "from_exception",
+    "is_success",
+    "json_safe",
+    "merge",
+    "shown",
+]
 
 #: retcode of a Result that says "handed over, not yet confirmed": inside a batch, and of what a task sends.
 ACCEPTED = 202
@@ -38,6 +49,11 @@ def merge(forwarded: Result, new: Result, uuid: str) -> Result:
         retval={**forwarded.retval, **new.retval},
         uuid=uuid,
     )
+
+
+def forward(result: Result, uuid: str, retcode: int = 0) -> Result:
+    """merge() with an empty Result of this retcode on the one side or the other."""
+    return Result(retcode, result.stdout, result.stderr, {**result.retval}, uuid)
 
 
 def from_exception(exc: BaseException, uuid: str) -> Result:

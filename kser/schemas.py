@@ -98,8 +98,12 @@ class Message:
             ):
                 if result is None:
                     return cls(uuid, entrypoint, params, None, metadata)
-                if type(result) is dict and _is_plain_result(result):
-                    return cls(uuid, entrypoint, params, _load_result(uuid, result), metadata)
+                if type(result) is dict:
+                    loaded = _whole_result(result)
+                    if loaded is not None:
+                        return cls(uuid, entrypoint, params, loaded, metadata)
+                    if _is_plain_result(result):
+                        return cls(uuid, entrypoint, params, _load_result(uuid, result), metadata)
         try:
             return cls(**_SCHEMA.load(data))
         except SchemaError as exc:
@@ -220,6 +224,23 @@ def parse(json_data: str | bytes) -> Any:
 
 def _load_result(uuid: str, fields: dict[str, Any]) -> Result:
     return Result(**fields) if "uuid" in fields else Result(**fields, uuid=uuid)
+
+
+def _whole_result(result: dict[str, Any]) -> Result | None:
+    """The Result in a dict of its five fields and no others, each of its type; None for any other dict."""
+    if len(result) != 5:
+        return None
+    uuid, retcode, retval = result.get("uuid"), result.get("retcode"), result.get("retval")
+    stdout, stderr = result.get("stdout"), result.get("stderr")
+    if (
+        type(uuid) is str
+        and type(retcode) is int
+        and type(stdout) is str
+        and type(stderr) is str
+        and type(retval) is dict
+    ):
+        return Result(retcode, stdout, stderr, retval, uuid)
+    return None
 
 
 def _is_plain_result(result: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from kser import context, results
+from kser import context, eventloop, results
 from kser.entry import Entrypoint, EntrypointMeta, Finder
 from kser.errors import ConfigurationError
 from kser.results import Result
@@ -78,6 +78,53 @@ class Task(Entrypoint):
         super().__init__(uuid, params, result, metadata)
 
     # -- execution ---------------------------------------------------------------------------------------------------
+
+    def execute(self, result: Result | None = None) -> Result:
+        """See Entrypoint.execute()."""
+        if (
+            result is None
+            and self._broken is None
+            and self.status == Status.PENDING
+            and is_plain(type(self))
+            and _HOOKS.isdisjoint(self.__dict__)
+            and not self._logger.isEnabledFor(logging.DEBUG)
+        ):
+            return self._execute_plain()
+        return super().execute(result)
+
+    def _execute_plain(self) -> Result:
+        """execute() of a first run where only run() is the user's: the same, without asking each hook."""
+        uuid = self.uuid
+        self.status = Status.RUNNING
+        token = context._task.set(self)
+        try:
+            if self.REQUIRED_FIELDS:
+                self.check_required_params()
+            ran = self.run()
+            if ran is not None and type(ran) is not Result:
+                if inspect.iscoroutine(ran):
+                    ran = eventloop.run(ran)
+                ran = self._as_result(ran, "run")
+        except Exception as exc:  # noqa: BLE001 - the promise of execute()
+            return self._finish(results.from_exception(self._overran(exc) or exc, uuid))
+        finally:
+            context._task.reset(token)
+        if self._control is not None and (late := self._overran(None)) is not None:
+            return self._finish(results.from_exception(late, uuid))  # what it still gave came too late
+        forwarded = self._result
+        if ran is None:
+            done = Result(uuid=uuid) if forwarded is None else results.forward(forwarded, uuid)
+        elif forwarded is None:
+            done = results.forward(ran, uuid, ran.retcode)
+        else:
+            done = results.merge(forwarded, ran, uuid)
+        if done.retcode != 0:
+            return self._finish(done)
+        self.status = Status.SUCCESS
+        self._result = done
+        if self._logger.isEnabledFor(logging.INFO):
+            self._log_end(done)
+        return done
 
     def _execute(self, result: Result | None, perform: Callable[[], Result]) -> Result:
         if self.status == Status.SUCCESS:
@@ -194,6 +241,25 @@ class Task(Entrypoint):
 
     def __repr__(self) -> str:
         return f"Task [{self.path}](uuid={self.uuid},status={self.status}, params={self.params})"
+
+
+#: What execute() asks besides run().
+_HOOKS = frozenset(
+    {
+        *("prerun", "postrun", "onsuccess", "onerror", "check_required_params", "unsafe_execute", "result", "log"),
+        *("_execute", "_perform", "_prerun", "_run", "_postrun", "_finish", "_mark", "_start", "_hooked", "_log_end"),
+    }
+)
+_ORIGINALS = {name: getattr(Task, name) for name in _HOOKS}
+
+
+def is_plain(cls: type[Entrypoint]) -> bool:
+    """Whether only run() of this class is the user's. What is known of a class is forgotten when it is changed."""
+    known = EntrypointMeta.facts.get(cls)
+    if known is None:
+        known = all(getattr(cls, name) is original for name, original in _ORIGINALS.items())
+        EntrypointMeta.facts[cls] = known
+    return known
 
 
 class UnregisteredTask(Task):
