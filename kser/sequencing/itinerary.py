@@ -266,7 +266,11 @@ _REQUIRED: Any = object()
 
 
 def _get(data: Any, name: str, kind: type, default: Any = _REQUIRED) -> Any:
-    if not isinstance(data, Mapping):
+    if type(data) is dict:
+        value = data.get(name)
+        if type(value) is kind:  # as it nearly always is; what follows is for what is not
+            return value
+    elif not isinstance(data, Mapping):
         raise ItineraryError(
             f"Itinerary cannot be read: expected an object, found {type(data).__name__}", extra={"field": name}
         )
