@@ -1,14 +1,16 @@
 """``kser worker``: run the tasks of a registry."""
 
+import io
 import logging
 import os
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 
 from kser.cli.connection import Connection
 from kser.cli.errors import CommandFailed
@@ -55,9 +57,31 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # not generic before cli
         return int(found[1]) * _SIZES[found[2] or ""]
 
 
+class Within(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
+    """A number of this kind from ``least`` on, up to ``most`` where that is given."""
+
+    def __init__(self, kind: type[int] | type[float], least: int, most: int | None = None) -> None:
+        self.name = "integer" if kind is int else "number"
+        self._kind = kind
+        self._least = least
+        self._most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float:
+        """The number."""
+        text = f"{self._least} or more" if self._most is None else f"{self._least} to {self._most}"
+        try:
+            number = self._kind(value)
+        except ValueError:
+            self.fail(f"{value!r} is no {self.name}: give {text}", param, ctx)
+        # The comparison is this way round because of "nan".
+        if not number >= self._least or (self._most is not None and number > self._most):
+            self.fail(f"{value}: give {text}", param, ctx)
+        return number
+
+
 def count(*names: str, default: int, note: str) -> Decorator:
     """An option that is a whole number from 1."""
-    return option(*names, type=click.IntRange(min=1), default=default, show_default=True, metavar="N", help=note)
+    return option(*names, type=Within(int, 1), default=default, show_default=True, metavar="N", help=note)
 
 
 @click.command(
@@ -66,7 +90,8 @@ def count(*names: str, default: int, note: str) -> Decorator:
     epilog=example(
         "kser worker shop.tasks:registry --topics shop --bootstrap-servers 127.0.0.1:9092",
         "kser worker app.py:registry --topics shop,mails --group shop --drain 120 --health 8081",
-        "kser worker shop.tasks:registry --topics shop --processes 4 --concurrency 32 -X group.protocol=consumer",
+        "kser worker shop.tasks:registry --topics shop --processes 4 --concurrency 32 --group-protocol consumer",
+        "kser worker shop.tasks:registry --topics shop --name shop-1 --delivery at_least_once --max-bytes 256MiB",
     ),
 )
 @registry_argument
@@ -97,13 +122,18 @@ def count(*names: str, default: int, note: str) -> Decorator:
 @count("--processes", default=1, note="Workers of the group to start, each a process of its own.")
 @option(
     "--drain",
-    type=click.FloatRange(min=0),
+    type=Within(float, 0),
     default=30,
     show_default=True,
     metavar="SECONDS",
     help="What a running task gets to end when the worker stops or loses its partition.",
 )
-@option("--health", type=click.IntRange(1, 65535), metavar="PORT", help="Serve /healthz and /readyz on 127.0.0.1.")
+@option(
+    "--health",
+    type=Within(int, 1, 65535),
+    metavar="PORT",
+    help="Serve /healthz and /readyz on 127.0.0.1; with --processes on this port and those after it.",
+)
 @option(
     "--on-lost-offset",
     type=click.Choice(get_args(LostOffset)),
@@ -122,12 +152,22 @@ def count(*names: str, default: int, note: str) -> Decorator:
     help="What is told in the group's events topic.",
 )
 @option(
+    "--group-protocol",
+    type=click.Choice(["classic", "consumer"]),
+    help="How the group shares its partitions: consumer is KIP-848, for Kafka 4.0 or newer. The same as -X "
+    "group.protocol=...  [default: classic; consumer on the embedded broker]",
+)
+@option(
     "--create-topics/--no-create-topics",
     default=True,
     show_default=True,
     help="Create what is missing of the group's own topics, or refuse to start.",
 )
-@option("--stop-with-stdin", is_flag=True, help="Stop when stdin ends: for a parent that must leave no worker behind.")
+@option(
+    "--stop-with-stdin",
+    is_flag=True,
+    help="Stop when stdin ends or brings a byte: for a parent that must leave no worker behind.",
+)
 @kafka_options
 @log_level_option("info")
 def worker(
@@ -138,6 +178,7 @@ def worker(
     processes: int,
     drain: float,
     health: int | None,
+    group_protocol: str | None,
     stop_with_stdin: bool,
     connection: Connection,
     concurrency: int,
@@ -151,9 +192,11 @@ def worker(
     does not wait. What did not end is run by another worker.
 
     \b
-    Exit codes: 0 asked to stop, 1 failure, 2 misuse, 3 another worker has the same
-    name, 4 tasks were left running when the budget was over.
+    Exit codes: 0 asked to stop, 1 failure, 2 misuse or a wrong setting, 3 another
+    worker took this one's name, 4 tasks were left running when --drain was over.
+    With --processes: 0, or the code of the first process that ended otherwise.
     """
+    _choose_protocol(connection, group_protocol)
     config, named = connection.config, connection.topics(topics)
     loaded = load(registry)
     if not loaded.tasks():
@@ -174,9 +217,12 @@ def worker(
     )
     if processes > 1:
         # The settings are checked by now: what is wrong with them is told once, not by each child.
-        sys.exit(Processes(_commands(processes, name, health), drain_s=drain, ended=(1, 2, TWIN)).run())
+        several = Processes(_commands(processes, name, health), drain_s=drain, ended=(1, 2, TWIN))
+        if stop_with_stdin:
+            _stop_with_stdin(lambda: several.stopping, several.stop)
+        sys.exit(several.run())
     if stop_with_stdin:
-        threading.Thread(target=_stop_with_stdin, args=[running], name="kser-stdin", daemon=True).start()
+        _stop_with_stdin(lambda: running.stopping, running.stop)
     logger.info(
         "Worker.Starting... %s, group %s, topics %s, brokers %s",
         running.name,
@@ -199,10 +245,26 @@ def worker(
         )
 
 
+def _choose_protocol(connection: Connection, chosen: str | None) -> None:
+    """Make --group-protocol a property. As a variable it is weaker than a typed -X, like all of them."""
+    ctx = click.get_current_context()
+    typed = ctx.get_parameter_source("group_protocol") is ParameterSource.COMMANDLINE
+    named = any(text.partition("=")[0].strip() == "group.protocol" for text in ctx.params["properties"])
+    if chosen is not None and (typed or not named):
+        connection.kafka["group.protocol"] = chosen
+
+
 def _commands(processes: int, name: str | None, health: int | None) -> list[list[str]]:
     """The commands of the children: this one for a single process, each with a name and a port of its own."""
+    if health is not None and health + processes - 1 > 65535:
+        raise ConfigurationError(
+            f"--health {health} with --processes {processes}: process {65536 - health} would have port 65536, and "
+            "there is none; give a lower port"
+        )
     os.environ.pop("KSER_PROCESSES", None)
     given = _without(sys.argv[1:], "--processes")
+    # The last one of an option counts; after "--" there are none.
+    end = given.index("--") if "--" in given else len(given)
     commands = []
     for number in range(processes):
         own = ["--stop-with-stdin"]
@@ -210,7 +272,7 @@ def _commands(processes: int, name: str | None, health: int | None) -> list[list
             own += ["--name", f"{name}-{number}"]
         if health is not None:
             own += ["--health", str(health + number)]
-        commands.append([sys.executable, "-m", "kser", *given, *own])
+        commands.append([sys.executable, "-m", "kser", *given[:end], *own, *given[end:]])
     return commands
 
 
@@ -227,9 +289,32 @@ def _without(arguments: Sequence[str], option_name: str) -> list[str]:
     return kept
 
 
-def _stop_with_stdin(running: Worker) -> None:
-    if sys.stdin is not None:
-        while sys.stdin.buffer.read(4096):
-            pass
-    logger.info("Standard input has ended")
-    running.stop()
+def _stop_with_stdin(stopping: Callable[[], int], stop: Callable[[], None]) -> None:
+    """Have ``stop`` called for each byte of stdin and for its end, unless a signal has asked as often already.
+
+    Args:
+        stopping: how often it has been asked.
+        stop: asks once more.
+    """
+
+    def listen() -> None:
+        told = 0
+        while read := _read_stdin():
+            told += len(read)
+            while stopping() < told:
+                stop()
+        logger.info("Standard input has ended")
+        if not stopping():
+            stop()
+
+    threading.Thread(target=listen, name="kser-stdin", daemon=True).start()
+
+
+def _read_stdin() -> bytes:
+    try:
+        # Not through sys.stdin: Python aborts when it ends while a thread waits there, holding its lock.
+        return os.read(sys.stdin.fileno(), 1)
+    except io.UnsupportedOperation:
+        return sys.stdin.buffer.read(1)  # in tests it is no file
+    except (AttributeError, OSError, ValueError):
+        return b""  # closed, or its terminal is gone

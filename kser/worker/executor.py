@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 #: Units in a chunk while tasks are short, at least.
 _CHUNK: Final = 16
 #: Active threads while tasks are short; and what came together is cut into so many chunks.
-_FEW: Final = 2
+_FEW: Final = 1
 #: Tasks longer than this, in seconds, are handed over one by one.
 _SHORT_S: Final = 0.0005
 #: A thread that has been at one record for so long, in seconds, gives the rest of its chunk to others.

@@ -6,6 +6,8 @@ neither paused nor draining; else 503. Both give JSON: ``{"status", "reasons", "
 
 import json
 import logging
+import socketserver
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,6 +89,17 @@ class HealthStatus:
         }
 
 
+class _Server(ThreadingHTTPServer):
+    """http.server's, without its look-up of the host's name, which may take long, and its tracebacks on stderr."""
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - the interface of socketserver
+        logger.debug("Health: a request was not answered: %r", sys.exc_info()[1])
+
+
 class HealthServer:
     """Serves /healthz and /readyz in a thread of its own.
 
@@ -99,7 +112,7 @@ class HealthServer:
     def __init__(self, port: int, status: Callable[[], HealthStatus], host: str = "127.0.0.1") -> None:
         self._status = status
         self._address = (host, port)
-        self._server: ThreadingHTTPServer | None = None
+        self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
     @property
@@ -110,14 +123,13 @@ class HealthServer:
     def start(self) -> None:
         """Listen. Raises ConfigurationError when that cannot be done, because the port is taken for example."""
         try:
-            self._server = ThreadingHTTPServer(self._address, self._handler())
+            self._server = _Server(self._address, self._handler())
         except (OSError, OverflowError) as exc:
             raise ConfigurationError(
                 f"The health page cannot listen on {self._address[0]}:{self._address[1]}: "
                 f"{getattr(exc, 'strerror', None) or exc}; give another port (--health), or leave it out",
                 extra={"port": self._address[1]},
             ) from exc
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=[0.2], name="kser-health", daemon=True)
         self._thread.start()
         logger.info("Health on http://%s:%s/healthz and /readyz", self._address[0], self.port)
@@ -142,7 +154,12 @@ class HealthServer:
                 if path not in ("/healthz", "/readyz"):
                     self._answer(HTTPStatus.NOT_FOUND, {"error": "there are /healthz and /readyz"})
                     return
-                good, said = status().report(ready=path == "/readyz")
+                try:
+                    good, said = status().report(ready=path == "/readyz")
+                except Exception:
+                    logger.exception("The health of the worker cannot be told")
+                    self._answer(HTTPStatus.INTERNAL_SERVER_ERROR, {"error": "the status failed; the log says why"})
+                    return
                 self._answer(HTTPStatus.OK if good else HTTPStatus.SERVICE_UNAVAILABLE, said)
 
             do_HEAD = do_GET  # noqa: N815
@@ -150,7 +167,11 @@ class HealthServer:
             def _refuse(self) -> None:
                 self._answer(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "only GET and HEAD"})
 
-            do_POST = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = _refuse  # noqa: N815
+            def __getattr__(self, name: str) -> Any:
+                # http.server looks for a do_METHOD, and answers 501 where there is none.
+                if name.startswith("do_"):
+                    return self._refuse
+                raise AttributeError(name)
 
             def _answer(self, code: HTTPStatus, said: dict[str, Any]) -> None:
                 body = json.dumps(said).encode() + b"\n"

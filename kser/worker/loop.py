@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from kser.errors import (
     AbortedError,
     Error,
+    FencedError,
     GroupError,
     OffsetLostError,
     TaskCrashedError,
@@ -29,7 +30,7 @@ from kser.worker.health import HealthStatus
 from kser.worker.lockfiles import LockFiles
 from kser.worker.offsets import METADATA_BYTES, PartitionState, decode
 from kser.worker.runner import Outcome, Runner, Work
-from kser.worker.settle import AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
+from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
 
 if TYPE_CHECKING:
     from kser.worker.pool import IsolatedPool
@@ -49,6 +50,10 @@ _PAUSED_EVERY_S: Final = 30
 #: A full worker leaves the client alone for this long before it pauses what it owns: a pause throws away what the
 #: client has fetched ahead, and short tasks make room before that.
 _JAM_S: Final = 0.25
+#: How often one of the quiet partitions is looked at, in seconds.
+_KICK_S: Final = 5.0
+#: How long the group may take before it is said that it does, in seconds.
+_JOIN_S: Final = 30.0
 #: Longest wait of one turn of the loop: how late a stop or a pause may be seen.
 _TURN_S: Final = 0.2
 #: Longest wait for a task while new messages may come: short after something happened, longer in quiet times.
@@ -79,7 +84,8 @@ class Loop:
         self.events_topic = events_topic(worker.group)
         self._transport = transport
         self._pool = pool
-        self.source: Source = transport.source(worker.group, member_id=worker.name if static else None)
+        self._static = static
+        self.source: Source = self._new_source()
         #: Wakes this thread: None when something is finished, or a Verdict.
         self._inbox: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
         self.executor = Executor(
@@ -123,8 +129,18 @@ class Loop:
         self._paused_said = 0.0
         self._polled = self._turned = time.monotonic()
         self._joined = False
+        self._join_said = time.monotonic()
+        #: When a quiet partition was looked at, and which in turn.
+        self._kicked = time.monotonic()
+        self._kick_turn = 0
+        #: Whether it has been in the group, and when it joined once more.
+        self._was_in = False
+        self._joined_again = float("-inf")
         #: When the budget of a stop ends: draining and the last on_revoke() share it.
         self.stop_by = float("inf")
+
+    def _new_source(self) -> Source:
+        return self._transport.source(self.worker.group, member_id=self.worker.name if self._static else None)
 
     # -- from start to end -------------------------------------------------------------------------------------------
 
@@ -147,7 +163,8 @@ class Loop:
     def turn(self) -> bool:
         """One round: fetch unless there is enough, then settle what has ended. True when there was nothing to do."""
         self._turned = time.monotonic()
-        self._joined = self._joined or self.source.joined
+        if not self._joined:
+            self._wait_to_join(self._turned)
         self._throttle()
         working = bool(self.in_flight or self.pending or self.batch is not None)
         records: Sequence[Record] = ()
@@ -161,6 +178,8 @@ class Loop:
             if records:
                 self._busy_at = now
                 self._take(records)
+            elif now - self._kicked > _KICK_S:
+                self._kick(now)
         waiting = self.in_flight or self.batch is not None
         self._collect(self._wait(now) if waiting and not records else 0)
         self._settle()
@@ -173,6 +192,19 @@ class Loop:
         busy = working or records or self.in_flight or self.pending or self.uncommitted or self._storing
         return bool(self.parts) and not busy
 
+    def _wait_to_join(self, now: float) -> None:
+        """Notice that the group has taken this worker in; say so when it does not: Kafka tells no error."""
+        self._joined = self.source.joined
+        self._was_in = self._was_in or self._joined
+        if not self._joined and now - self._join_said > _JOIN_S:
+            self._join_said = now
+            logger.warning(
+                "Group %s has not taken this worker in for %g s. Do the brokers know the group protocol? "
+                "group.protocol=consumer needs Kafka 4.0; without it the classic protocol is used",
+                self.worker.group,
+                _JOIN_S,
+            )
+
     def _wait(self, now: float) -> float:
         quiet = now - self._busy_at
         return next(wait for until, wait in _WAITS if quiet < until)
@@ -182,7 +214,50 @@ class Loop:
             return self.source.poll(timeout_s, self.worker.max_poll_records)
         except OffsetLostError as exc:
             self._offset_lost(exc)
-            return ()
+        except GroupError as exc:
+            self._join_again(exc)
+        return ()
+
+    def _join_again(self, exc: GroupError) -> None:
+        """Another member has this static worker's name: a twin, or its own join, whose answer a dying broker lost.
+
+        Both look the same, so it joins once more. Fenced again within a minute it is a twin.
+        """
+        now = time.monotonic()
+        if not self._static or not self._was_in or now - self._joined_again < TWIN_S:
+            raise FencedError(
+                f"{exc.message} (--name), or end the other one", extra={**exc.extra, "twin": True}
+            ) from exc
+        self._joined_again = now
+        logger.warning("Joining the group once more: %s", exc.message)
+        self.source.close(5)
+        self.source = self._new_source()
+        self.source.subscribe(self.worker.topics, self)
+        self._joined, self._join_said = False, now
+
+    def _kick(self, now: float) -> None:
+        """Fetch a quiet partition anew when there is more of it than was given.
+
+        Seen once under KIP-848, after a node was killed and came back at once: a partition of a live member gave
+        nothing for a minute, with records above its position. Markers look like records from here, so each end of a
+        partition is met once.
+        """
+        self._kicked = now
+        quiet = [state for of, state in self.parts.items() if of not in self.halted and of not in self.bounded]
+        if not quiet:
+            return
+        self._kick_turn += 1
+        state = quiet[self._kick_turn % len(quiet)]
+        try:
+            end = self.source.watermarks(state.of, timeout_s=2)[1]
+            if state.position < 0 or state.closed or end <= state.position or (state.position, end) == state.met:
+                return
+            if state.seen == (state.position, end):  # the same twice: it does not come by itself
+                state.met = state.seen
+                self.source.seek(Position(*state.of, state.position))
+            state.seen = (state.position, end)
+        except TransportError as exc:
+            logger.debug("Looking at %s/%s: %s", *state.of, exc.message)
 
     def _offset_lost(self, exc: OffsetLostError) -> None:
         partition = Partition(exc.extra["topic"], exc.extra["partition"])
@@ -634,7 +709,11 @@ class Loop:
                 break
             self.source.pause(set(self.parts) - self.halted)
             self.halted |= set(self.parts)
-            self.source.poll(0, 1)  # stays a member
+            try:
+                self.source.poll(0, 1)  # stays a member
+            except TransportError as exc:
+                logger.warning("The group is lost while this worker stops: %s", exc.message)
+                break
             self._collect(0.02)
             self._settle(at_once=True)
             self.executor.look_after()

@@ -105,9 +105,11 @@ class PartitionState:
         "closed",
         "gone",
         "lanes",
+        "met",
         "of",
         "position",
         "running",
+        "seen",
     )
 
     def __init__(self, of: Partition, committed: Position | None = None) -> None:
@@ -122,6 +124,9 @@ class PartitionState:
         self.closed = False
         #: True once it is let go of: nothing of it is settled any more.
         self.gone = False
+        #: Position and end of the partition when it was quiet: as seen last, and as fetched anew for.
+        self.seen: tuple[int, int] | None = None
+        self.met: tuple[int, int] | None = None
         #: Where this assignment began; -1 when nothing was committed.
         self.base = committed.offset if committed is not None else -1
         self._inherited: set[int] = set()

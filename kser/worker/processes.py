@@ -2,14 +2,16 @@
 
 Each is a process of its own from the start, never a fork: the Kafka client has threads. A child gets a pipe as its
 standard input, which ends with the parent, and stops when that ends: nothing is left behind, however the parent dies.
+A byte in the pipe asks it to stop, each further one again. That is no signal, because systemd and terminals send theirs
+to all processes at once: a child would count the same request twice, and not drain.
 """
 
+import contextlib
 import logging
 import signal
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from kser.worker.shutdown import stopping_on_signals
@@ -39,16 +41,45 @@ class _Child:
         self.backoff_s = _BACKOFF_S
 
     def start(self) -> None:
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE)  # noqa: S603 - the caller's own
+        """Start it; later, when the system cannot now."""
         self.started = time.monotonic()
-        logger.info("Process %d started: %d", self.number, self.process.pid)
+        try:
+            self.process = subprocess.Popen(  # noqa: S603 - the caller's own
+                self.command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True
+            )
+        except OSError as exc:
+            self.again(f"cannot be started ({exc.strerror or exc})")
+        else:
+            logger.info("Process %d started: %d", self.number, self.process.pid)
+
+    def again(self, why: str) -> None:
+        """Have it started again after a while, which grows as long as it does not live."""
+        now = time.monotonic()
+        if now - self.started >= _LONGEST_S:
+            self.backoff_s = _BACKOFF_S
+        self.due = now + self.backoff_s
+        logger.error("Process %d %s; it is started again in %g s", self.number, why, self.backoff_s)
+        self.backoff_s = min(self.backoff_s * 2, _LONGEST_S)
+
+    def ask(self) -> None:
+        """Ask it to stop, or once more."""
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(OSError):  # it has just ended
+                self.process.stdin.write(b"\n")
+
+    def let_go(self) -> None:
+        """It has ended: close its pipe."""
+        process, self.process = self.process, None
+        if process is not None and process.stdin is not None:
+            process.stdin.close()
 
 
 class Processes:
     """Runs commands as child processes until it is asked to stop.
 
     Args:
-        commands: one for each child. A child must end when its standard input does.
+        commands: one for each child. A child must stop when its standard input brings a byte, not wait for its tasks
+            when it brings another one, and stop when it ends.
         drain_s: what a child may take to end by itself.
         ended: exit codes of a child that no restart cures: then all are stopped.
 
@@ -60,92 +91,83 @@ class Processes:
         self._drain_s = drain_s
         self._ended = frozenset(ended)
         self._asked = 0
-        self._changed = threading.Event()
 
     def stop(self) -> None:
         """Ask the children to end; a second time: not to wait for their tasks."""
+        # Nothing but a number: a signal handler that wanted a lock might wait for the very code it interrupted.
         self._asked += 1
-        self._changed.set()
+
+    @property
+    def stopping(self) -> int:
+        """How often stop() was called."""
+        return self._asked
 
     def run(self) -> int:
         """Start all, and keep them running. Gives 0 once all ended after stop() or SIGTERM, else a child's code."""
         code = 0
-        try:
-            with stopping_on_signals(self.stop):
-                for child in self._children:
-                    child.start()
-                while not self._asked:
+        with stopping_on_signals(self.stop):
+            try:
+                while not self._asked and not code:
                     for child in self._children:
                         code = code or self._look(child)
-                    if code:
-                        break
-                    self._changed.wait(_LOOK_S)
+                    time.sleep(_LOOK_S)
+            finally:
                 codes = self._end()
-        finally:
-            self._kill()
         return code or next((each for each in codes if each), 0)
 
     def _look(self, child: _Child) -> int:
-        """Start a child again that died, when it is time. Its exit code when that would not help."""
-        now = time.monotonic()
+        """Start a child that does not run, when it is time. Its exit code when that would not help."""
         if child.process is None:
-            if now >= child.due:
+            if time.monotonic() >= child.due and not self._asked:
                 child.start()
             return 0
         code = child.process.poll()
         if code is None:
             return 0
-        self._let_go(child)
+        child.let_go()
         if code in self._ended:
             logger.error(
                 "Process %d ended with exit code %d, which starting it again does not cure", child.number, code
             )
             return code
-        if now - child.started >= _LONGEST_S:
-            child.backoff_s = _BACKOFF_S
-        child.due = now + child.backoff_s
-        logger.error("Process %d %s; it is started again in %g s", child.number, exit_text(code), child.backoff_s)
-        child.backoff_s = min(child.backoff_s * 2, _LONGEST_S)
+        child.again(exit_text(code))
         return 0
 
     def _end(self) -> list[int]:
-        """Ask the children to end and wait for it; their exit codes."""
+        """Ask the children to end, wait for it, kill the rest; their exit codes."""
         said = 0
         codes: list[int] = []
         end = time.monotonic() + self._drain_s + _MARGIN_S
-        while any(child.process is not None for child in self._children) and time.monotonic() < end:
+        while running := [child for child in self._children if child.process is not None]:
+            if time.monotonic() >= end:
+                return [*codes, *(_kill(child) for child in running)]
             wanted = max(self._asked, 1)
-            while said < wanted:
-                said += 1
-                self._signal(lambda process: process.send_signal(signal.SIGTERM))
-            for child in self._children:
-                if child.process is not None and (code := child.process.poll()) is not None:
-                    self._let_go(child)
-                    if code:
-                        logger.warning("Process %d %s", child.number, exit_text(code))
-                    codes.append(code if code >= 0 else 1)
-            self._changed.clear()
-            self._changed.wait(_LOOK_S)
+            for child in running:
+                assert child.process is not None
+                for _ in range(wanted - said):
+                    child.ask()
+                if (code := child.process.poll()) is None:
+                    continue
+                child.let_go()
+                if code == -signal.SIGTERM:
+                    continue  # somebody told it as well, before it came so far as to listen: nothing to drain
+                if code:
+                    logger.warning("Process %d %s", child.number, exit_text(code))
+                codes.append(code if code >= 0 else 1)
+            said = wanted
+            time.sleep(_LOOK_S / 2)
         return codes
 
-    def _signal(self, send: Callable[[subprocess.Popen[bytes]], None]) -> None:
-        for child in self._children:
-            if child.process is not None and child.process.poll() is None:
-                send(child.process)
 
-    def _kill(self) -> None:
-        for child in self._children:
-            if child.process is not None:
-                if child.process.poll() is None:
-                    logger.error("Process %d did not end in time: killed", child.number)
-                    child.process.kill()
-                    child.process.wait(10)
-                self._let_go(child)
-
-    def _let_go(self, child: _Child) -> None:
-        process, child.process = child.process, None
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
+def _kill(child: _Child) -> int:
+    """End a child by force; the exit code that this means for the parent."""
+    assert child.process is not None
+    logger.error("Process %d did not end in time: killed", child.number)
+    child.process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel: it ends when that lets it
+        child.process.wait(10)
+    child.let_go()
+    return 1
 
 
 def exit_text(code: int) -> str:

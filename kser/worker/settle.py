@@ -24,7 +24,7 @@ from kser.transport import GroupMember, OutRecord, Position, Sink
 from kser.worker.dispatch import Item
 from kser.worker.offsets import PartitionState
 
-__all__ = ["AtLeastOnce", "Batch", "ExactlyOnce", "Settler", "Verdict"]
+__all__ = ["TWIN_S", "AtLeastOnce", "Batch", "ExactlyOnce", "Settler", "Verdict"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ PRODUCERS: Final = 3
 #: The same call again when it got no answer, at most so often.
 _TRIES: Final = 3
 #: Fenced again within this time, in seconds, it is a twin: a transaction that timed out answers the same (finding 8).
-_TWIN_S: Final = 60.0
+TWIN_S: Final = 60.0
 #: Longest wait for the confirmations of one batch, in seconds.
 _DELIVERY_S: Final = 15.0
 #: Between two tries to reach the transaction coordinator, in seconds.
@@ -231,7 +231,7 @@ class ExactlyOnce(Settler):
         logger.warning("A transaction of %d records broke its producer: %s", len(batch.items), exc.message)
         if isinstance(exc, FencedError):
             now = time.monotonic()
-            if self._fences and now - self._fences[-1] < _TWIN_S:
+            if self._fences and now - self._fences[-1] < TWIN_S:
                 verdict.fatal = FencedError(
                     "Another process settles with the transactional ids of this worker: give each worker a name of "
                     f"its own (--name), or end the other one. {exc.message}",
@@ -273,26 +273,8 @@ class AtLeastOnce(Settler):
         verdict = Verdict(self, batch)
         again: set[int] = set()
         refused: dict[int, Error] = {}
-        # What a task itself sent goes first: is that refused, the task fails, and its operation must not have gone on.
-        ahead = any(item.outcome.ahead for item in batch.items)
-        first = [
-            (n, record)
-            for n, item in enumerate(batch.items)
-            for record in (item.outcome.records if not ahead else self._first(item))
-        ]
-        self._deliver(first, batch, again, refused)
-        if ahead:
-            rest = [
-                (n, r)
-                for n, item in enumerate(batch.items)
-                if item.outcome.ahead and n not in again and n not in refused
-                for r in item.outcome.records[item.outcome.ahead :]
-            ]
-            for n in {n for n, _ in rest}:
-                item = batch.items[n]
-                del item.outcome.records[: item.outcome.ahead]
-                item.outcome.ahead = 0
-            self._deliver(rest, batch, again, refused)
+        for round_ in _rounds(batch.items):
+            self._deliver([(n, r) for n, r in round_ if n not in again and n not in refused], batch, again, refused)
         if not again and not refused:
             verdict.settled = batch.items
             return verdict
@@ -306,11 +288,6 @@ class AtLeastOnce(Settler):
         verdict.pause_s = _AGAIN_S if again else 0.0
         return verdict
 
-    def _first(self, item: Item) -> Sequence[OutRecord]:
-        outcome = item.outcome
-        records: Sequence[OutRecord] = outcome.records[: outcome.ahead] if outcome.ahead else outcome.records
-        return records
-
     def _deliver(
         self, numbered: list[tuple[int, OutRecord]], batch: Batch, again: set[int], refused: dict[int, Error]
     ) -> None:
@@ -319,22 +296,46 @@ class AtLeastOnce(Settler):
         failures = self._sinks[0].deliver([record for _, record in numbered], _DELIVERY_S)
         if not failures:
             return
-        left: dict[int, list[OutRecord]] = {}
+        open_: dict[int, set[int]] = {}
         for index, error in failures:
             n, record = numbered[index]
             if _passes(error):
-                left.setdefault(n, []).append(record)
+                open_.setdefault(n, set()).add(id(record))
                 again.add(n)
             else:
                 refused.setdefault(n, error)
         logger.warning("%d of %d records were not confirmed: %s", len(failures), len(numbered), failures[0][1].message)
-        for n, records in left.items():
+        sent = {id(record) for _, record in numbered}
+        for n, failed in open_.items():  # what is confirmed is not sent again
             outcome = batch.items[n].outcome
-            if outcome.ahead:
-                outcome.records = [*records, *outcome.records[outcome.ahead :]]
-                outcome.ahead = len(records)
-            else:
-                outcome.records = records  # only these are sent again
+            kept = [(at, r) for at, r in enumerate(outcome.records) if id(r) not in sent or id(r) in failed]
+            outcome.ahead = sum(1 for at, _ in kept if at < outcome.ahead)
+            outcome.records = [r for _, r in kept]
+
+
+def _rounds(items: Sequence[Item]) -> list[list[tuple[int, OutRecord]]]:
+    """The records of a batch, each with the number of its item, in rounds: one is confirmed before the next is sent.
+
+    What a task itself sent is confirmed before what follows from it: is it refused, the task fails, and its operation
+    must not have gone on. What follows from later records of the same key waits as well, so their order holds.
+    """
+    if not any(item.outcome.ahead for item in items):
+        return [[(n, record) for n, item in enumerate(items) for record in item.outcome.records]]
+    rounds: list[list[tuple[int, OutRecord]]] = [[]]
+    lanes: dict[tuple[int, bytes | None], int] = {}
+    for n, item in enumerate(items):
+        outcome = item.outcome
+        lane = id(item.state), item.record.key
+        at = lanes.get(lane, 0)
+        if outcome.ahead:
+            rounds[at] += [(n, record) for record in outcome.records[: outcome.ahead]]
+            at += 1
+            if item.record.key is not None:
+                lanes[lane] = at
+            if at == len(rounds):
+                rounds.append([])
+        rounds[at] += [(n, record) for record in outcome.records[outcome.ahead :]]
+    return rounds
 
 
 def _owner(items: Sequence[Item], index: int) -> Item:

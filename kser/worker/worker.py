@@ -30,7 +30,7 @@ Delivery = Literal["exactly_once", "at_least_once"]
 LostOffset = Literal["stop", "earliest", "latest"]
 
 #: How long a busy thread keeps the GIL while others want it, in seconds.
-_TURN_S: Final = 0.0002
+_TURN_S: Final = 0.0005
 #: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
 _EMBEDDED: Final = "mockCluster"
 

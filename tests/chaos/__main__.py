@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     if outcome.verdict.faults(chaos.delivery):
         print(f"FAILED. To repeat it: {repeat_command(chaos, options.broker)}\nlogs of the workers: {logs}")
         return 1
+    if not options.logs:
+        shutil.rmtree(logs, ignore_errors=True)
     print("passed")
     return 0
 
@@ -70,7 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--node-kills", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--named", action=argparse.BooleanOptionalAction, default=None, help="static members (drawn)")
     parser.add_argument("--log-level", default="warning", help="of the workers")
-    parser.add_argument("--logs", help="folder for the logs of the workers (a new one)")
+    parser.add_argument("--logs", help="folder for the logs of the workers (a new one, removed if all is well)")
     options = parser.parse_args(arguments)
     if options.operations < 1 or options.minutes <= 0 or options.pace <= 0 or options.session < 3:
         parser.error("--operations, --minutes and --pace must be above 0, --session not below 3")

@@ -237,8 +237,10 @@ class _Run:
     def wait_until_done(self, tail: Tail) -> None:
         """Until everything that must come has come, or nothing comes any more."""
         self.fleet.settle_down()
-        if self.nodes is not None:
-            self.nodes.restore()
+        while self.nodes is not None and self.nodes.busy:
+            self.nodes.turn()
+            self.fleet.turn()
+            tail.read(0.05)
         self.launcher.join()
         self.say(f"the chaos is over: {len(self.facts.ended)} of {len(self.launched())} operations have ended")
         quiet = time.monotonic()
@@ -375,11 +377,16 @@ class NodeKiller:
 
     def kill(self, node: int, for_s: float) -> bool:
         """False: one is down, or is not in sync yet."""
-        if self._due is not None or self._is_starting or time.monotonic() < self._rests_until:
+        if self.busy or time.monotonic() < self._rests_until:
             return False
         self._kafka.kill(node)
         self._due = time.monotonic() + for_s, node
         return True
+
+    @property
+    def busy(self) -> bool:
+        """One is down, or has not caught up."""
+        return self._due is not None or self._is_starting
 
     @property
     def _is_starting(self) -> bool:

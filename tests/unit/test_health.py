@@ -2,6 +2,7 @@
 
 import json
 import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -13,7 +14,8 @@ from kser.errors import ConfigurationError
 from kser.producer import BaseProducer
 from kser.transport import TopicSpec
 from kser.transport.memory import MemoryTransport
-from kser.worker.health import HealthServer, HealthStatus
+from kser.worker import health
+from kser.worker.health import HealthServer, HealthStatus, RunningTask
 from tests.unit.test_worker import TOPIC, Running, wait_for
 
 
@@ -22,7 +24,7 @@ def serve():
     servers = []
 
     def go(status):
-        servers.append(HealthServer(0, lambda: status))
+        servers.append(HealthServer(0, lambda: status() if callable(status) else status))
         servers[-1].start()
         return servers[-1].port
 
@@ -66,8 +68,60 @@ def test_a_loop_that_hangs_is_not_alive(serve):
 def test_other_paths_and_methods_are_refused(serve):
     port = serve(HealthStatus(worker="w", group="g"))
     assert get(port, "/")[0] == 404
-    assert get(port, "/healthz", "POST")[0] == 405
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "BREW"):
+        assert get(port, "/healthz", method)[0] == 405
     assert get(port, "/healthz", "HEAD") == (200, b"")
+
+
+def test_the_answer_has_what_runs_and_how_much_there_is(serve):
+    tasks = (RunningTask("shop.Charge", "u-1", 3.14159, 0.5), RunningTask("shop.Mail", "u-2", 0.25, None))
+    port = serve(HealthStatus(worker="w", group="g", running=tasks, in_flight=7, polled_s_ago=0.0625))
+    assert json.loads(get(port, "/readyz")[1]) == {
+        "status": "ok",
+        "reasons": [],
+        "worker": "w",
+        "group": "g",
+        "polled_s_ago": 0.062,
+        "in_flight": 7,
+        "unsettled": 0,
+        "free_executors": 0,
+        "partitions": 0,
+        "draining": False,
+        "running": [
+            {"entrypoint": "shop.Charge", "uuid": "u-1", "seconds": 3.142, "heartbeat_s_ago": 0.5},
+            {"entrypoint": "shop.Mail", "uuid": "u-2", "seconds": 0.25, "heartbeat_s_ago": None},
+        ],
+    }
+
+
+def test_a_status_that_fails_is_answered_and_logged(serve, caplog):
+    port = serve(lambda: 1 / 0)
+    assert get(port, "/healthz")[0] == 500
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_callers_that_say_nothing_or_go_away_keep_nobody_waiting(serve, monkeypatch, capfd):
+    monkeypatch.setattr(health, "_REQUEST_S", 0.2)
+    port = serve(HealthStatus(worker="w", group="g"))
+    with socket.create_connection(("127.0.0.1", port), 5) as silent:
+        with socket.create_connection(("127.0.0.1", port), 5) as rude:
+            rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            rude.sendall(b"GET /healthz HTTP/1.0\r\n")
+        assert get(port, "/healthz")[0] == 200
+        assert silent.recv(1) == b""  # it was hung up on
+    assert capfd.readouterr().err == ""
+
+
+def test_listening_asks_nobody_for_the_hosts_name(monkeypatch):
+    """In a cluster whose name server is slow the worker would wait for it."""
+    monkeypatch.setattr(socket, "getfqdn", lambda *args: pytest.fail("a look-up"))
+    server = HealthServer(0, lambda: HealthStatus(worker="w", group="g"), host="0.0.0.0")
+    server.start()
+    try:
+        assert get(server.port, "/healthz")[0] == 200
+    finally:
+        server.stop()
+        server.stop()
 
 
 def test_a_port_that_is_taken_is_told():
