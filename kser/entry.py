@@ -35,27 +35,53 @@ def result_extra(result: Result) -> dict[str, Any]:
 class EntrypointMeta(type):
     """Gives every entrypoint class its ``path``, and notices when a class is changed."""
 
-    #: What was found out about classes; emptied when one of them gets or loses an attribute.
-    facts: ClassVar[dict[type, bool]] = {}
+    #: What was found out about classes. Changing one of them puts an empty mapping in its place, so that what somebody
+    #: finds out meanwhile, about a class as it was, ends up where nobody looks any more.
+    facts: ClassVar[dict[type, Any]] = {}
 
     def __setattr__(cls, name: str, value: Any) -> None:
-        EntrypointMeta.facts.clear()
         super().__setattr__(name, value)
+        EntrypointMeta.facts = {}
 
     def __delattr__(cls, name: str) -> None:
-        EntrypointMeta.facts.clear()
         super().__delattr__(name)
+        EntrypointMeta.facts = {}
 
     @property
     def path(cls) -> str:
         """Name of the class in messages: ``module.Class``, or the ``name=`` it was subscribed with."""
         return wire_name(cls)
 
+    def directly_follows(cls, *bases: type) -> bool:
+        """Whether these come one after the other when an attribute of ``cls`` is looked for, with nobody's between."""
+        order = cls.__mro__
+        at = order.index(bases[0])
+        return order[at : at + len(bases)] == bases
+
 
 def wire_name(cls: type) -> str:
     """Name of an entrypoint class in messages, as ``cls.path`` gives it."""
     name: str | None = cls.__dict__.get("WIRE_NAME")
     return name or f"{cls.__module__}.{cls.__name__}"
+
+
+def set_up(
+    task: "Entrypoint",
+    uuid: str | None,
+    params: dict[str, Any] | None,
+    result: Result | None,
+    metadata: dict[str, Any] | None,
+) -> None:
+    """What Entrypoint.__init__() does; for the constructors that come before it, when nobody's is between."""
+    task.uuid = str(uuid) if uuid else new_uuid()
+    task.params = params or {}
+    task.metadata = metadata or {}
+    if result is not None:
+        task._result = result
+    try:
+        task.postinit()
+    except Exception as exc:  # noqa: BLE001 - user code: told now, and again by each execute()
+        task._broken = task._finish(results.from_exception(exc, task.uuid))
 
 
 class Entrypoint(metaclass=EntrypointMeta):
@@ -90,6 +116,9 @@ class Entrypoint(metaclass=EntrypointMeta):
     _logger: ClassVar[logging.Logger] = logger
     _message_logger: ClassVar[logging.Logger] = logger
 
+    uuid: str
+    params: dict[str, Any]
+    metadata: dict[str, Any]
     #: What an object starts with; it gets its own when there is something to say.
     _result: Result | None = None
     _broken: Result | None = None
@@ -101,15 +130,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         result: Result | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        self.uuid = str(uuid) if uuid else new_uuid()
-        self.params: dict[str, Any] = params or {}
-        self.metadata: dict[str, Any] = metadata or {}
-        if result is not None:
-            self._result = result
-        try:
-            self.postinit()
-        except Exception as exc:  # noqa: BLE001 - user code: told now, and again by each execute()
-            self._broken = self._finish(results.from_exception(exc, self.uuid))
+        set_up(self, uuid, params, result, metadata)
 
     @property
     def result(self) -> Result:

@@ -186,7 +186,7 @@ def worker(
     events: str,
     **settings: Any,
 ) -> None:
-    r"""Run the tasks of a registry, taking messages from topics, until SIGTERM or Ctrl-C.
+    """Run the tasks of a registry, taking messages from topics, until SIGTERM or Ctrl-C.
 
     Asked to stop, it takes nothing more, lets what runs end (--drain), settles it and leaves the group. Asked twice, it
     does not wait. What did not end is run by another worker.
@@ -195,7 +195,7 @@ def worker(
     Exit codes: 0 asked to stop, 1 failure, 2 misuse or a wrong setting, 3 another
     worker took this one's name, 4 tasks were left running when --drain was over.
     With --processes: 0, or the code of the first process that ended otherwise.
-    """
+    """  # noqa: D301 - click wants the character
     _choose_protocol(connection, group_protocol)
     config, named = connection.config, connection.topics(topics)
     loaded = load(registry)

@@ -16,7 +16,7 @@ from kser.confluent.aside import Aside
 from kser.confluent.config import new_client
 from kser.confluent.errors import is_fatal, kafka_error, kafka_errors, too_large, translate
 from kser.confluent.logs import ClientState, logger
-from kser.confluent.source import ConfluentMember, to_offsets
+from kser.confluent.source import ConfluentMember, message_partition, to_offsets
 from kser.errors import DeliveryError, Error, FencedError, GroupError, TransportError, ValidationError
 from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
 
@@ -90,6 +90,9 @@ class ConfluentSink:
         self._confirmed = False
         #: Why what is queued is given up, when that is known better than by the client.
         self._reason: Error | None = None
+        #: How often what is queued was given up. The client may get round to it late, and then takes records with it
+        #: that were handed over after that: those are handed over again.
+        self._purges = 0
         self._producer: Producer | None = new_client(Producer, self._config, self._state)
         self._met = self._id is not None
         self._initialised = False
@@ -109,7 +112,7 @@ class ConfluentSink:
         """See Sink. Where the brokers refuse this client, on_delivery gets a ConfigurationError that says why."""
         producer = self._client()
         topic, key, value, headers, partition = record
-        told = self._unclaimed if on_delivery is None else partial(self._deliver, on_delivery)
+        told = partial(self._unclaimed if on_delivery is None else partial(self._deliver, on_delivery), self._purges)
         number = -1 if partition is None else partition
         names: list[tuple[str, str | bytes | None]] | None = list(headers) if headers else None
         if not self._met:
@@ -181,6 +184,7 @@ class ConfluentSink:
     def drop_queued(self) -> None:
         """See Sink. The callbacks are called before it returns."""
         producer = self._client()
+        self._purges += 1
         with kafka_errors("Dropping what is queued"):
             producer.purge(in_queue=True, in_flight=False)
         if not self._inside_callback:
@@ -284,26 +288,41 @@ class ConfluentSink:
 
     # -- callbacks: librdkafka calls these inside poll(), flush() and a transaction's calls; nothing may be raised ---
 
-    def _deliver(self, on_delivery: DeliveryCallback, error: KafkaError | None, message: Message) -> None:
+    def _again(self, error: KafkaError, message: Message, told: Callable[[KafkaError | None, Message], None]) -> bool:
+        """Hand over once more what a purge of records before it took with it. False when it is not that."""
+        producer = self._producer
+        if error.code() != KafkaError._PURGE_QUEUE or self._id is not None or producer is None:
+            return False
+        topic, partition, headers = message.topic() or "", message_partition(message), message.headers()
+        try:
+            producer.produce(topic, message.value(), message.key(), partition, told, None, 0, headers)
+        except (BufferError, KafkaException, RuntimeError):
+            return False
+        return True
+
+    def _deliver(self, on_delivery: DeliveryCallback, purges: int, error: KafkaError | None, message: Message) -> None:
+        """For records of produce(). ``purges``: how often what was queued had been given up by then."""
         try:
             _clear_pending()
             if error is None:
                 self._confirmed = True
                 on_delivery(None)
-            else:
+            elif purges != self._purges or not self._again(error, message, partial(self._deliver, on_delivery, purges)):
                 on_delivery(self._undelivered(error, message))
         except Exception:  # noqa: BLE001 - the caller's code
             logger.exception("on_delivery %r raised", on_delivery)
         except BaseException as exc:  # noqa: BLE001 - raised again by the call that served this callback
             self._escaped = exc
 
-    def _unclaimed(self, error: KafkaError | None, message: Message) -> None:
+    def _unclaimed(self, purges: int, error: KafkaError | None, message: Message) -> None:
         """For records that came without an on_delivery."""
         if error is None:
             self._confirmed = True
             return
         try:
             _clear_pending()
+            if purges == self._purges and self._again(error, message, partial(self._unclaimed, purges)):
+                return
             failure = self._undelivered(error, message)
             self.failed += 1
             if self._id is None:  # else commit() tells
@@ -314,7 +333,7 @@ class ConfluentSink:
     def _counted(self, index: int, error: KafkaError | None, message: Message) -> None:
         """For a record of produce_all(): the ``index``-th since begin()."""
         first = self._failure is None
-        self._unclaimed(error, message)
+        self._unclaimed(-1, error, message)  # within a transaction nothing is handed over again
         if first and self._failure is not None:
             self._failure.extra["index"] = index
 
@@ -387,6 +406,7 @@ class ConfluentSink:
         elif self._reason is None and (refusal := self._state.refusal) is not None and len(producer):
             # Nothing can be delivered: tell so now and with the reason, not after a timeout without one.
             self._reason = refusal
+            self._purges += 1
             producer.purge(in_queue=True, in_flight=False)
             served += self._serve(producer, partial(producer.poll, 0))
             self._reason = None
@@ -435,8 +455,10 @@ class ConfluentSink:
         producer, at, stop = self._client(), 0, None
         failures: dict[int, Error] = {}
 
+        given_up = False
+
         def told(index: int, error: KafkaError | None, message: Message) -> None:
-            if error is not None:
+            if error is not None and (given_up or not self._again(error, message, partial(told, index))):
                 self._note(failures, index, error, message)
 
         def give_up(indexes: range, why: str) -> None:
@@ -462,6 +484,8 @@ class ConfluentSink:
                 give_up(range(at), "_PURGE_INFLIGHT")
                 producer = renewed
         if not self._settled(producer, end):
+            given_up = True
+            self._purges += 1
             producer.purge()  # what is in flight too: the next call would wait for it
             if not self._settled(producer, time.monotonic() + _GIVE_UP_S):
                 give_up(range(len(records)), "_PURGE_INFLIGHT")

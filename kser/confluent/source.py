@@ -26,7 +26,7 @@ from kser.confluent.logs import ClientState, logger
 from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError, ValidationError
 from kser.transport import DeliveryCallback, GroupMember, Partition, Position, RebalanceListener, Record
 
-__all__ = ["ConfluentMember", "ConfluentSource", "to_offsets"]
+__all__ = ["ConfluentMember", "ConfluentSource", "message_partition", "to_offsets"]
 
 #: What a broker stores beside an offset is 4096 bytes (its offset.metadata.max.bytes), and the client adds a zero byte.
 _METADATA_BYTES: Final = 4095
@@ -251,7 +251,7 @@ class ConfluentSource:
 
     def _without_stale(self, messages: list[Message]) -> list[Message]:
         """A partition that came (again) while the batch was collected: what is in the batch may be of its last time."""
-        stale = {key for m in messages if (key := (m.topic() or "", _number(m))) in self._just_assigned}
+        stale = {key for m in messages if (key := (m.topic() or "", message_partition(m))) in self._just_assigned}
         for topic, partition in stale:
             self._place(topic, partition, self._next[topic, partition])
         return [m for m in messages if (m.topic(), m.partition()) not in stale]
@@ -265,7 +265,7 @@ class ConfluentSource:
             if (error := m.error()) is not None:
                 self._on_message_error(m, error)
                 continue
-            topic, partition, offset = m.topic() or "", _number(m), m.offset() or 0
+            topic, partition, offset = m.topic() or "", message_partition(m), m.offset() or 0
             key = (topic, partition)
             lowest = reached.get(key)
             if lowest is None and (lowest := self._next.get(key)) is None:
@@ -290,7 +290,7 @@ class ConfluentSource:
 
     def _on_message_error(self, message: Message, error: KafkaError) -> None:
         code = error.code()
-        key = (message.topic() or "", _number(message))
+        key = (message.topic() or "", message_partition(message))
         where = f"{key[0]}[{key[1]}]" if key[0] else f"group {self.group}"
         if code == KafkaError._PARTITION_EOF:
             return
@@ -678,7 +678,8 @@ class ConfluentSource:
         )
 
 
-def _number(message: Message) -> int:
+def message_partition(message: Message) -> int:
+    """The partition of a message; -1 when it has none yet."""
     partition = message.partition()
     return -1 if partition is None else partition
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from kser import results
 from kser.controller import Controller
-from kser.entry import Entrypoint, Finder, wire_name
+from kser.entry import Entrypoint, Finder, set_up, wire_name
 from kser.errors import StatusError, ValidationError
 from kser.results import Result
 from kser.schemas import Message
@@ -47,6 +47,10 @@ class Operation(Task):
     #: What launch() gave.
     _launched: Result | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._straight = cls.directly_follows(Operation, Task, Entrypoint)
+
     def __init__(
         self,
         uuid: str | None = None,
@@ -58,7 +62,12 @@ class Operation(Task):
         key: str | None = None,
     ) -> None:
         self.tasks: list[Task] = []
-        super().__init__(uuid, params, status, result, metadata)
+        if self._straight:
+            if status != "PENDING":
+                self.status = Status.parse(status)
+            set_up(self, uuid, params, result, metadata)
+        else:
+            super().__init__(uuid, params, status, result, metadata)
         if key:
             self.key = key
         if tasks:

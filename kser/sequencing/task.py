@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from kser import context, eventloop, results
-from kser.entry import Entrypoint, EntrypointMeta, Finder
+from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up
 from kser.errors import ConfigurationError
 from kser.results import Result
 from kser.schemas import Message
@@ -64,6 +64,12 @@ class Task(Entrypoint):
     _message_logger: ClassVar[logging.Logger] = logger
     #: Set by OperationRegistry.subscribe().
     _home: Home | None = None
+    #: Nobody's constructor is between those of kser.
+    _straight: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._straight = cls.directly_follows(Task, Entrypoint)
 
     def __init__(
         self,
@@ -75,7 +81,10 @@ class Task(Entrypoint):
     ) -> None:
         if status != "PENDING":
             self.status = Status.parse(status)
-        super().__init__(uuid, params, result, metadata)
+        if self._straight:
+            set_up(self, uuid, params, result, metadata)
+        else:
+            super().__init__(uuid, params, result, metadata)
 
     # -- execution ---------------------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ def test_a_task_longer_than_the_poll_interval_keeps_its_partition_and_runs_once(
         wait_for(lambda: done(bootstrap, group, long, after), 60, "both tasks")
         time.sleep(1)
     ran = [line.split()[0] for line in tell.read_text().splitlines()]
-    assert ran == [long, after], (tmp_path / "log").read_text()
+    assert sorted(ran) == sorted([long, after]), (tmp_path / "log").read_text()
 
 
 @pytest.mark.apache
