@@ -72,8 +72,13 @@ class Message:
             self.result = Result(uuid=self.uuid)
         elif isinstance(result, Result):
             self.result = result
-        else:
+        elif isinstance(result, dict):
             self.result = _load_result(self.uuid, result)
+        else:
+            raise ValidationError(
+                f"result={results.shown(result)} of message {entrypoint}[{uuid}]: give a Result or its fields",
+                extra={"uuid": self.uuid, "field": "result"},
+            )
         self.metadata = metadata or {}
 
     @classmethod

@@ -25,6 +25,7 @@ _LOOK_EVERY_S = 0.5
 @option(
     "--topic",
     "topics",
+    variable="KSER_BROKER_TOPIC",
     type=TopicWithPartitions(),
     multiple=True,
     metavar="NAME:PARTITIONS",

@@ -13,11 +13,13 @@ from click.core import ParameterSource
 from kser.cli import logs
 from kser.cli.connection import Connection, Drivers, parse_topic
 from kser.cli.errors import MISUSE
+from kser.transport.names import TOPIC_NAME_RULE, is_topic_name
 
 __all__ = [
     "EPILOG",
     "Decorator",
     "JsonObject",
+    "TopicName",
     "TopicWithPartitions",
     "example",
     "format_option",
@@ -45,11 +47,11 @@ def example(*lines: str) -> str:
     return EPILOG + "\n".join(f"  {line}" for line in lines)
 
 
-def option(*declarations: str, **settings: Any) -> Decorator:
-    """click.option() which also reads KSER_<NAME>, and says so in --help."""
+def option(*declarations: str, variable: str = "", **settings: Any) -> Decorator:
+    """click.option() which also reads KSER_<NAME>, or the ``variable`` given, and says so in --help."""
     long = next(d for d in declarations if d.startswith("--"))
     name = long.split("/")[0].removeprefix("--")
-    variable = "KSER_" + name.replace("-", "_").upper()
+    variable = variable or "KSER_" + name.replace("-", "_").upper()
     return click.option(*declarations, envvar=variable, show_envvar=True, **settings)
 
 
@@ -82,6 +84,18 @@ class TopicWithPartitions(click.ParamType):  # type: ignore[type-arg]  # not gen
             )
         except ValueError as exc:
             self.fail(str(exc), param, ctx)
+
+
+class TopicName(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
+    """The name of one topic."""
+
+    name = "topic"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The name."""
+        if not is_topic_name(value):
+            self.fail(f"{value!r} {TOPIC_NAME_RULE}", param, ctx)
+        return str(value)
 
 
 class JsonObject(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
@@ -194,7 +208,7 @@ def group_option(function: Function) -> Function:
 
 def topic_option(function: Function) -> Function:
     """--topic, for what is sent."""
-    return option("--topic", metavar="NAME", help="Topic to send to.")(function)
+    return option("--topic", type=TopicName(), metavar="NAME", help="Topic to send to.")(function)
 
 
 def key_option(function: Function) -> Function:

@@ -135,6 +135,13 @@ def count(*names: str, default: int, note: str) -> Decorator:
     help="Serve /healthz and /readyz on 127.0.0.1; with --processes on this port and those after it.",
 )
 @option(
+    "--health-host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where that port listens; 0.0.0.0 for probes from outside, as in Kubernetes.",
+)
+@option(
     "--on-lost-offset",
     type=click.Choice(get_args(LostOffset)),
     default="stop",
@@ -178,6 +185,7 @@ def worker(
     processes: int,
     drain: float,
     health: int | None,
+    health_host: str,
     group_protocol: str | None,
     stop_with_stdin: bool,
     connection: Connection,
@@ -209,6 +217,7 @@ def worker(
         name=name,
         drain_s=drain,
         health_port=health,
+        health_host=health_host,
         concurrency=concurrency,
         isolated=isolated,
         events=events != "none",

@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import selectors
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from types import TracebackType
 from typing import IO, Any, Final, Self
 
 from kser.errors import ConfigurationError, TransportError
+from kser.transport.names import TOPIC_NAME_RULE, is_topic_name
 
 __all__ = ["DEFAULT_PARTITIONS", "REQUESTS", "EmbeddedBroker"]
 
@@ -55,7 +55,6 @@ REQUESTS: Final[Mapping[str, int]] = {
 }
 
 _CHILD: Final = Path(__file__).with_name("mock_cluster.py")
-_TOPIC_NAME: Final = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 _MAX_REPLICATION: Final = 3
 _COMMAND_TIMEOUT_S: Final = 10.0
 _END_TIMEOUT_S: Final = 5.0
@@ -307,10 +306,8 @@ def _api_key(api: str) -> int:
 
 
 def _check_topic(name: str, partitions: int) -> None:
-    if not isinstance(name, str) or not _TOPIC_NAME.fullmatch(name):
-        raise ConfigurationError(
-            f"{name!r} is no topic name: take 1 to 249 of the letters a-z, A-Z, 0-9, '.', '_' and '-'"
-        )
+    if not is_topic_name(name):
+        raise ConfigurationError(f"{name!r} {TOPIC_NAME_RULE}")
     _check_number(f"partitions of topic {name}", partitions, 1)
 
 

@@ -50,9 +50,18 @@ class Consequences:
 def encode(kmsg: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
     """The bytes of a message.
 
-    Raises ValidationError when JSON has no form for it or a dumps() of user code raises, and MessageTooLargeError when
-    there are more than ``limit``.
+    Raises ValidationError when no reader would take it, JSON has no form for it or a dumps() of user code raises, and
+    MessageTooLargeError when there are more than ``limit``.
     """
+    if (
+        type(kmsg.uuid) is not str
+        or type(kmsg.entrypoint) is not str
+        or not kmsg.uuid
+        or not kmsg.entrypoint
+        or not isinstance(kmsg.params, dict)
+        or not isinstance(kmsg.metadata, dict)
+    ):
+        _check_fields(kmsg)
     try:
         raw = kmsg.to_bytes()
     except ValidationError:
@@ -67,6 +76,22 @@ def encode(kmsg: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
             f"Message {kmsg.entrypoint}[{kmsg.uuid}]", len(raw), limit, uuid=kmsg.uuid, entrypoint=kmsg.entrypoint
         )
     return raw
+
+
+def _check_fields(kmsg: Message) -> None:
+    """Raise ValidationError for a field that readers refuse."""
+    for name, value, kind in (
+        ("uuid", kmsg.uuid, str),
+        ("entrypoint", kmsg.entrypoint, str),
+        ("params", kmsg.params, dict),
+        ("metadata", kmsg.metadata, dict),
+    ):
+        if not isinstance(value, kind) or (kind is str and not value):
+            wanted = "a text that is not empty" if kind is str else "a dict"
+            raise ValidationError(
+                f"Message {kmsg.entrypoint}[{kmsg.uuid}] cannot be sent: {name}={results.shown(value)}, give {wanted}",
+                extra={"uuid": str(kmsg.uuid), "entrypoint": str(kmsg.entrypoint), "field": name},
+            )
 
 
 class Sequencer:

@@ -166,7 +166,8 @@ class Source(Protocol):
     def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
         """Ask for these positions to be stored, and return at once. ``on_stored`` tells, from poll() or commit().
 
-        Positions that are not owned any more are left out. For positions that may be stored late or not at all: what
+        Positions that are not owned any more are left out; when none is left, ``on_stored`` may be called at once. For
+        positions that may be stored late or not at all: what
         has to be stored before a partition goes, commit() stores.
         """
 

@@ -265,7 +265,9 @@ class MemorySource:
         """Read this partition from ``position.offset`` on. Raises GroupError when this member does not own it."""
         if position.of not in self._assigned.positions:
             raise GroupError(f"Cannot seek in {position.topic}/{position.partition}: this member does not own it")
-        self._assigned.positions[position.of] = max(position.offset, 0)
+        with self._locked():
+            start = self._cluster.log(position.of).start
+        self._assigned.positions[position.of] = position.offset if position.offset >= 0 else start
 
     # -- offsets -----------------------------------------------------------------------------------------------------
 
@@ -294,9 +296,10 @@ class MemorySource:
 
     def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
         """Ask for these positions to be stored: done at once, and told by the next poll()."""
+        owned = [position for position in positions if position.of in self._assigned.positions]
         error: Error | None = None
         try:
-            self.commit(positions)
+            self.commit(owned)
         except Error as exc:
             error = exc
         self._stored.append((on_stored, error))

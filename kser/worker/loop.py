@@ -4,8 +4,10 @@ One thread owns the consumer and does nothing that may take long: tasks run in t
 the settle thread. Everything here happens in the thread that called Worker.run().
 """
 
+import contextlib
 import logging
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -64,6 +66,41 @@ _MUCH: Final = METADATA_BYTES // 2
 _UNRESOLVED_S: Final = 30.0
 
 
+class Inbox:
+    """What other threads tell the poll thread.
+
+    Not a queue.SimpleQueue: its get() with a timeout waits for ever when a signal comes just before the timeout does
+    (CPython up to 3.12: what is left of the timeout is negative then, which means no timeout), so one SIGTERM in thirty
+    was not seen before the running task had ended.
+
+    Thread rule: put() from anywhere, the rest from one thread.
+    """
+
+    def __init__(self) -> None:
+        self._items: deque[Verdict | None] = deque()
+        self._wake = threading.Lock()
+        self._wake.acquire()
+
+    def put(self, item: "Verdict | None") -> None:
+        """Leave it there, and wake the reader."""
+        self._items.append(item)
+        with contextlib.suppress(RuntimeError):  # it is awake already
+            self._wake.release()
+
+    def get(self, timeout: float) -> "Verdict | None":
+        """The next one. Raises queue.Empty when there is none within ``timeout`` seconds, and now and then earlier."""
+        if not self._items:
+            self._wake.acquire(timeout=timeout)
+        return self.get_nowait()
+
+    def get_nowait(self) -> "Verdict | None":
+        """The next one. Raises queue.Empty."""
+        try:
+            return self._items.popleft()
+        except IndexError:
+            raise queue.Empty from None
+
+
 class Loop:
     """One run of a worker."""
 
@@ -87,7 +124,7 @@ class Loop:
         self._static = static
         self.source: Source = self._new_source()
         #: Wakes this thread: None when something is finished, or a Verdict.
-        self._inbox: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self.executor = Executor(
             runner,
             concurrency=worker.concurrency,
@@ -356,6 +393,7 @@ class Loop:
 
     def _collect(self, wait_s: float) -> None:
         """Take what has been finished or settled; wait up to ``wait_s`` for the first."""
+        self._turned = time.monotonic()  # draining and letting go of partitions are progress too
         get = self._inbox.get_nowait
         try:
             told = self._inbox.get(timeout=wait_s) if wait_s else get()

@@ -1,6 +1,5 @@
 """How the topics of a group should be: KINDS is the table, a TopicPlan lays it over a group and its task topics."""
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from kser.errors import ConfigurationError
 from kser.events import events_topic
 from kser.producer import max_message_bytes
 from kser.transport import TopicInfo, TopicSpec
+from kser.transport.names import is_topic_name
 
 __all__ = [
     "DEFAULT_PARTITIONS",
@@ -42,7 +42,6 @@ KAFKA_MAX_BYTES: Final = 1_048_588
 _ROOM_BYTES: Final = 16 * 1024
 #: A compacted topic is read to its end at a start, and its open segment is not compacted. Source: Kafka Streams.
 _COMPACT_SEGMENT_BYTES: Final = 50 * 1024 * 1024
-_TOPIC_NAME: Final = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
 
 
 class Feature(StrEnum):
@@ -181,7 +180,7 @@ class TopicPlan:
 
     def __post_init__(self) -> None:
         for topic in self.topics:
-            if not _TOPIC_NAME.fullmatch(topic.name):
+            if not is_topic_name(topic.name):
                 raise ConfigurationError(
                     f"{topic.name!r} cannot be a topic: names of topics, and of groups, are made of letters, digits, "
                     "'.', '_' and '-', 249 of them at most"

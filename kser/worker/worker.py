@@ -65,7 +65,8 @@ class Worker:
         create_topics: make the group's topics when they are missing; else refuse to start.
         events: False to emit no events.
         location: MODULE_OR_FILE:REGISTRY where child processes find the registry; default: where it is found here.
-        health_port: port on 127.0.0.1 for /healthz and /readyz; None: none.
+        health_port: port for /healthz and /readyz; None: none.
+        health_host: address that port listens on; "0.0.0.0" for probes from outside, as in Kubernetes.
 
     Raises ConfigurationError for values that cannot be.
     """
@@ -95,6 +96,7 @@ class Worker:
         events: bool = True,
         location: str | None = None,
         health_port: int | None = None,
+        health_host: str = "127.0.0.1",
     ) -> None:
         if isinstance(topics, str) or not topics:
             raise ConfigurationError(f"topics={topics!r}: give a list with at least one topic")
@@ -132,6 +134,7 @@ class Worker:
         self.create_topics = create_topics
         self.events = events
         self.health_port = health_port
+        self.health_host = health_host
         self._location = location
         #: What became of the records so far: done, failed, rejected, foreign, discarded, skipped, came again.
         self.stats: Counter[str] = Counter()
@@ -181,7 +184,7 @@ class Worker:
             try:
                 self._loop = Loop(self, transport, runner, delivery, pool, static=self._static)
                 if self.health_port is not None:
-                    health = HealthServer(self.health_port, self.status)
+                    health = HealthServer(self.health_port, self.status, self.health_host)
                     health.start()
                 with stopping_on_signals(self.stop), _short_turns():
                     self._loop.run(until_idle=until_idle)

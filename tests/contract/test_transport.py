@@ -6,6 +6,7 @@ import pytest
 
 from kser.errors import (
     ConfigurationError,
+    Error,
     FencedError,
     GroupError,
     MessageTooLargeError,
@@ -533,6 +534,45 @@ def test_watermarks_are_the_first_offset_and_the_next_one(broker: Broker):
     assert source.watermarks(Partition(topic, 0)) == (0, 0)
     broker.send(topic, *(b"%d" % n for n in range(30)))
     assert source.watermarks(Partition(topic, 0)) == (0, 30)
+
+
+def test_seek_to_no_offset_goes_to_the_beginning(broker: Broker):
+    topic = broker.make_topic()
+    broker.send(topic, b"a", b"b")
+    source = broker.source("g", topic)
+    assert values(take(source, 2)) == [b"a", b"b"]
+    source.seek(Position(topic, 0, -1))
+    assert values(take(source, 2)) == [b"a", b"b"]
+
+
+def test_commit_later_tells_when_it_is_stored_and_leaves_out_what_is_not_owned(broker: Broker):
+    topic, other = broker.make_topic(), broker.make_topic()
+    broker.send(topic, b"a", b"b")
+    source = broker.source("g", topic)
+    take(source, 2)
+    told: list[Error | None] = []
+    source.commit_later([Position(topic, 0, 2, "note"), Position(other, 0, 1)], told.append)
+    eventually(lambda: bool(source.poll(0.05) or told), 20, "on_stored")
+    assert told == [None]
+    assert source.committed([Partition(topic, 0)]) == [Position(topic, 0, 2, "note")]
+    assert source.committed([Partition(other, 0)])[0].offset == -1
+    source.commit_later([Position(other, 0, 1)], told.append)
+    eventually(lambda: bool(source.poll(0.05) or len(told) == 2), 20, "on_stored")
+    assert told == [None, None]
+
+
+def test_what_is_produced_right_after_drop_queued_is_delivered(broker: Broker):
+    """A client may drop late, and takes with it what came after."""
+    topic, sink, told = broker.make_topic(), broker.plain, []
+    for n in range(50):
+        sink.produce(OutRecord(topic, b"k", b"dropped %d" % n))
+        sink.drop_queued()
+        sink.produce(OutRecord(topic, b"k", b"%d" % n), told.append)
+        assert sink.flush(20) == 0
+    assert told == [None] * 50
+    assert [v for v in values(broker.everything(topic)) if not v.startswith(b"dropped")] == [
+        b"%d" % n for n in range(50)
+    ]
 
 
 def test_a_committed_offset_that_is_gone_is_an_error_until_one_seeks(exact_broker: Broker):
