@@ -14,7 +14,7 @@ registry = OperationRegistry()
 
 
 def note(line):
-    with open(os.environ["RUNS"], "a") as file:
+    with Path(os.environ["RUNS"]).open("a") as file:
         file.write(line + "\n")
 
 
