@@ -18,7 +18,7 @@ from kser import results
 from kser.errors import ValidationError
 from kser.results import Result, ResultSchema
 
-__all__ = ["Message", "MessageSchema", "parse"]
+__all__ = ["Message", "MessageSchema", "parse", "plain_bytes"]
 
 # A whole number of 19 digits or more may not fit into 64 bits: orjson would read it as a float. Found by turning every
 # digit into a zero first, which is ten times faster than a regular expression.
@@ -138,29 +138,8 @@ class Message:
         """The message as compact UTF-8 JSON: what is sent. Raises as dumps() does."""
         if type(self).dumps is not Message.dumps:  # an overridden dumps() decides: encryption hooks in there
             return self.dumps().encode()
-        result = self.result
-        try:
-            raw = orjson.dumps(
-                {
-                    "uuid": self.uuid,
-                    "entrypoint": self.entrypoint,
-                    "params": self.params,
-                    "result": {
-                        "uuid": result.uuid,
-                        "retcode": result.retcode,
-                        "stdout": result.stdout,
-                        "stderr": result.stderr,
-                        "retval": result.retval,
-                    },
-                    "metadata": self.metadata,
-                },
-                option=_STRICT,
-            )
-        except TypeError:
-            return self.dumps().encode()
-        if b"null" in raw:  # orjson writes null for NaN and infinity, which would lose them without a word
-            return self.dumps().encode()
-        return raw
+        raw = plain_bytes(self.uuid, self.entrypoint, self.params, self.result, self.metadata)
+        return raw if raw is not None else self.dumps().encode()
 
     def sent_as(self, transport: "type[Message]") -> "Message":
         """This message as one of class ``transport``, the Controller.TRANSPORT that will read it.
@@ -197,6 +176,38 @@ class Message:
 
     def __repr__(self) -> str:
         return f"Message<uuid='{self.uuid}', entrypoint='{self.entrypoint}', result={self.result}>"
+
+
+def plain_bytes(
+    uuid: str, entrypoint: str, params: dict[str, Any], result: Result | None, metadata: dict[str, Any]
+) -> bytes | None:
+    """What Message.to_bytes() gives for a message of these, when it takes nothing but orjson; else None.
+
+    Result None: an empty one.
+    """
+    try:
+        raw = orjson.dumps(
+            {
+                "uuid": uuid,
+                "entrypoint": entrypoint,
+                "params": params,
+                "result": {"uuid": uuid, "retcode": 0, "stdout": "", "stderr": "", "retval": {}}
+                if result is None
+                else {
+                    "uuid": result.uuid,
+                    "retcode": result.retcode,
+                    "stdout": result.stdout,
+                    "stderr": result.stderr,
+                    "retval": result.retval,
+                },
+                "metadata": metadata,
+            },
+            option=_STRICT,
+        )
+    except TypeError:
+        return None
+    # orjson writes null for NaN and infinity, which would lose them without a word
+    return raw if b"null" not in raw else None
 
 
 def _as_orjson(value: Any) -> Any:

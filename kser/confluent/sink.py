@@ -133,6 +133,22 @@ class ConfluentSink:
                     raise self._refused(error, record) from exc
                 producer = self._client()
 
+    def produce_at(
+        self, topic: str, key: bytes, value: bytes, tell: Callable[[int, Error | None], None], index: int
+    ) -> None:
+        """produce() of a record without headers, whose delivery is told by ``tell(index, error)``, maybe twice.
+
+        For many records with one who wants to know: cheaper by half than a record object and a callback for each.
+        """
+        producer = self._producer
+        if producer is not None and self._met:
+            try:
+                producer.produce(topic, value, key, -1, partial(self._tell, tell, index, self._purges))
+                return
+            except (BufferError, KafkaException, RuntimeError):
+                pass  # produce() meets the same, and does about it what can be done
+        self.produce(OutRecord(topic, key, value), partial(tell, index))
+
     def produce_all(self, records: Sequence[OutRecord]) -> None:
         """See Sink."""
         producer, at, give_up_at = self._client(), 0, 0.0
@@ -313,6 +329,27 @@ class ConfluentSink:
             logger.exception("on_delivery %r raised", on_delivery)
         except BaseException as exc:  # noqa: BLE001 - raised again by the call that served this callback
             self._escaped = exc
+
+    def _tell(
+        self,
+        tell: Callable[[int, Error | None], None],
+        index: int,
+        purges: int,
+        error: KafkaError | None,
+        message: Message,
+    ) -> None:
+        """For records of produce_at()."""
+        try:
+            if error is None:
+                self._confirmed = True
+                tell(index, None)
+                return
+        except SystemError:
+            pass  # see _clear_pending(): what comes now begins with that
+        except BaseException as exc:  # noqa: BLE001 - as above
+            self._escaped = exc
+            return
+        self._deliver(partial(tell, index), purges, error, message)
 
     def _unclaimed(self, purges: int, error: KafkaError | None, message: Message) -> None:
         """For records that came without an on_delivery."""

@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Self
 
 from kser import results
 from kser.controller import Controller
-from kser.entry import Entrypoint, Finder, set_up, wire_name
+from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up, wire_name
 from kser.errors import StatusError, ValidationError
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
-from kser.sequencing.task import Home, Task
+from kser.sequencing.plain_launch import send_first
+from kser.sequencing.task import ORIGINALS, Home, Task, found
 from kser.status import Status
 
 __all__ = ["Operation", "name_failed_task"]
@@ -95,6 +96,16 @@ class Operation(Task):
         self._add_tasks((task,))
 
     def _add_tasks(self, tasks: Sequence[Task]) -> None:
+        there = {self.uuid}
+        for task in (*self.tasks, *tasks) if self.tasks else tasks:
+            if isinstance(task, Task):
+                there.add(task.uuid)
+        if len(there) <= len(self.tasks) + len(tasks):
+            self._refuse_one_of(tasks)
+        self.tasks += tasks
+
+    def _refuse_one_of(self, tasks: Sequence[Task]) -> None:
+        """Raise for the first of ``tasks`` that cannot be added, if there is one."""
         there = {task.uuid for task in self.tasks} | {self.uuid}
         for task in tasks:
             if not isinstance(task, Task):
@@ -108,7 +119,6 @@ class Operation(Task):
                     extra={"uuid": self.uuid, "task": task.uuid},
                 )
             there.add(task.uuid)
-        self.tasks += tasks
 
     def check_required_params(self) -> None:
         """Raise ValidationError for the first required parameter, own or of TASKS, that ``params`` does not have."""
@@ -135,12 +145,18 @@ class Operation(Task):
 
         Raises ValidationError for a missing parameter, and whatever prebuild() and build_tasks() raise.
         """
-        given = {**self.params, **kwargs}
+        given = {**self.params, **kwargs} if kwargs else self.params
         told = self._logger.isEnabledFor(logging.DEBUG)
         if told:
             self._debug("PreBuild")
-        self._check_params(given)
-        tasks = self._as_list(self.build_tasks(**(self.prebuild(**given) or given)))
+        if type(self).REQUIRED_FIELDS or self.TASKS:
+            self._check_params(given)
+        prebuild = self.prebuild
+        if getattr(prebuild, "__func__", None) is not _PREBUILD:
+            given = {**given}  # prebuild() may change self.params, and what it gives decides
+            given = prebuild(**given) or given
+        tasks = self.build_tasks(**given)
+        tasks = tasks.copy() if type(tasks) is list else self._as_list(tasks)
         if told:
             self._logger.debug("%s.BuildTasks: %d task(s) found", type(self).__name__, len(tasks), extra=self._extra())
         return tasks
@@ -161,7 +177,7 @@ class Operation(Task):
 
     def build(self, **kwargs: Any) -> Self:
         """Add the computed tasks and finalize(). ``self.params`` holds ``{**params, **kwargs}`` afterwards."""
-        tasks = self.compute_tasks(**kwargs)
+        tasks = self.compute_tasks(**kwargs) if kwargs else self.compute_tasks()
         if kwargs:
             self.params = {**self.params, **kwargs}
         self._add_tasks(tasks)
@@ -284,10 +300,10 @@ class Operation(Task):
                 ),
                 self.uuid,
             )
-        sent = self.launch_next()
+        sent = send_first(self) or self.launch_next()
         self._launched = sent
-        if sent.retcode in (0, results.ACCEPTED) and self.status == Status.PENDING:
-            self._set_status(Status.RUNNING)
+        if sent.retcode in (0, results.ACCEPTED) and self.status == _PENDING:
+            self._set_status(_RUNNING)
         return sent
 
     def launch_next(self, task: Task | None = None, result: Result | None = None) -> Result:
@@ -404,6 +420,16 @@ class Operation(Task):
 
 
 _OWN_SENDS = (Task.send, Operation.send)
+_PREBUILD = Operation.prebuild
+_PENDING, _RUNNING = Status.PENDING, Status.RUNNING
+ORIGINALS["launches"] = {
+    name: found(Operation, name)
+    for name in (
+        *("__getattribute__", "launch_next", "_send_step", "frame", "home", "home_topic", "own_topic", "path"),
+        *("set_status", "_set_status"),
+    )
+}
+EntrypointMeta.facts = {}
 Controller.BUILT_IN[wire_name(Operation)] = Operation  # composed by hand from a service's tasks, nobody registers it
 
 

@@ -6,14 +6,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 from kser import context, eventloop, results
-from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up
+from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up, wire_name
 from kser.errors import ConfigurationError
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import Entry
 from kser.status import Status
 
-__all__ = ["Home", "MessageSender", "Task", "UnregisteredTask", "function_task"]
+__all__ = [
+    "ORIGINALS",
+    "Facts",
+    "Home",
+    "MessageSender",
+    "Task",
+    "UnregisteredTask",
+    "facts_of",
+    "found",
+    "function_task",
+    "is_plain",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -94,8 +105,8 @@ class Task(Entrypoint):
             result is None
             and self._broken is None
             and self.status == Status.PENDING
-            and is_plain(type(self))
-            and _HOOKS.isdisjoint(self.__dict__)
+            and (runs := (EntrypointMeta.facts.get(type(self)) or facts_of(type(self))).runs)
+            and runs.isdisjoint(self.__dict__)
             and not self._logger.isEnabledFor(logging.DEBUG)
         ):
             return self._execute_plain()
@@ -252,23 +263,69 @@ class Task(Entrypoint):
         return f"Task [{self.path}](uuid={self.uuid},status={self.status}, params={self.params})"
 
 
-#: What execute() asks besides run().
-_HOOKS = frozenset(
-    {
+class Facts:
+    """What a task class leaves as kser made it. Known of a class until it, or any other one, is changed.
+
+    Each is a set of names, empty when the class changed one of them; an object may still have its own.
+    """
+
+    __slots__ = ("enters", "home", "launches", "path", "runs", "sends")
+
+    def __init__(self, cls: type[Entrypoint]) -> None:
+        order = cls.__mro__
+        #: A class of another kind may be changed and nobody notices, so nothing is known of what comes after it.
+        watched = all(isinstance(base, EntrypointMeta) for base in order[: order.index(Entrypoint)])
+        same = {
+            what: frozenset(originals) if watched and all(found(cls, n) is o for n, o in originals.items()) else _NONE
+            for what, originals in ORIGINALS.items()
+        }
+        #: All that execute() asks besides run().
+        self.runs = same["runs"]
+        #: What send() of a step of an operation asks.
+        self.sends = same["sends"]
+        #: What launch() of an operation asks.
+        self.launches = same.get("launches", _NONE)
+        #: What to_entry() asks; only where it says uuid, entrypoint, params, and topic and metadata if they are there.
+        self.enters = same["enters"] if not any(found(cls, name) for name in ("uuid", "params", "metadata")) else _NONE
+        self.path = wire_name(cls)
+        self.home: Home | None = getattr(cls, "_home", None)
+
+
+_NONE: frozenset[str] = frozenset()
+
+
+def found(cls: type, name: str) -> Any:
+    """What a class has under this name, as it was written there; None when there is nothing."""
+    return next((base.__dict__[name] for base in cls.__mro__ if name in base.__dict__), None)
+
+
+def facts_of(cls: type[Entrypoint]) -> Facts:
+    """The Facts of a class; EntrypointMeta.facts has them from now on."""
+    known = EntrypointMeta.facts
+    facts = known[cls] = Facts(cls)
+    return facts
+
+
+def _originals(*names: str) -> dict[str, Any]:
+    return {name: found(Task, name) for name in ("__getattribute__", *names)}
+
+
+#: What of a class is known together -> name -> how it is when nobody changed it.
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "runs": _originals(
         *("prerun", "postrun", "onsuccess", "onerror", "check_required_params", "unsafe_execute", "result", "log"),
         *("_execute", "_perform", "_prerun", "_run", "_postrun", "_finish", "_mark", "_start", "_hooked", "_log_end"),
-    }
-)
-_ORIGINALS = {name: getattr(Task, name) for name in _HOOKS}
+    ),
+    "enters": _originals("to_entry", "own_topic", "carried", "path", "topic", "key", "status"),
+    "sends": _originals(
+        *("send", "_transmit", "to_Message", "own_topic", "home_topic", "home", "carried", "path"),
+    ),
+}
 
 
 def is_plain(cls: type[Entrypoint]) -> bool:
-    """Whether only run() of this class is the user's. What is known of a class is forgotten when it is changed."""
-    known = EntrypointMeta.facts.get(cls)
-    if known is None:
-        known = all(getattr(cls, name) is original for name, original in _ORIGINALS.items())
-        EntrypointMeta.facts[cls] = known
-    return known
+    """Whether only run() of this class is the user's."""
+    return bool((EntrypointMeta.facts.get(cls) or facts_of(cls)).runs)
 
 
 class UnregisteredTask(Task):
