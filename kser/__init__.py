@@ -21,6 +21,7 @@ from kser.errors import (
     ValidationError,
 )
 from kser.results import Result
+from kser.retry import Retry
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
 from kser.sequencing.registry import OperationRegistry
@@ -44,6 +45,7 @@ __all__ = [
     "Operation",
     "OperationRegistry",
     "Result",
+    "Retry",
     "Status",
     "StatusError",
     "Task",

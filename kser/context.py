@@ -48,7 +48,7 @@ class Control:
     Thread rule: the worker writes ``aborted``, the task's thread calls beat(); both are single assignments.
     """
 
-    __slots__ = ("aborted", "alive", "attempt", "cancel")
+    __slots__ = ("aborted", "again_s", "alive", "attempt", "cancel")
 
     def __init__(self, attempt: int = 1) -> None:
         #: Why the execution should end: "timeout", "lost", "stopping"; None while it should go on.
@@ -56,6 +56,8 @@ class Control:
         #: time.monotonic() of the last heartbeat, 0 before the first.
         self.alive = 0.0
         self.attempt = attempt
+        #: Set when it failed and is tried again: seconds until then.
+        self.again_s: float | None = None
         #: Ends the coroutine that the task's thread waits for, if it waits for one.
         self.cancel: Callable[[], object] | None = None
 

@@ -3,13 +3,14 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from kser import context, errors, eventloop, results
 from kser.context import new_uuid
 from kser.errors import InternalError, TaskTimeoutError, ValidationError
 from kser.masking import mask
 from kser.results import Result
+from kser.retry import Retry
 from kser.schemas import Message
 
 __all__ = ["Entrypoint", "Finder"]
@@ -108,6 +109,11 @@ class Entrypoint(metaclass=EntrypointMeta):
     limit: ClassVar[int | None] = None
     #: True: run in a child process of the worker, beside the GIL and to be killed when it must end.
     isolate: ClassVar[bool] = False
+    #: Whether and when a worker tries it again after it failed; None: never.
+    retry: ClassVar[Retry | None] = None
+    #: What a long wait for the next attempt means for later messages of the same key: "tier": they go first. "strict":
+    #: they wait.
+    order: ClassVar[Literal["tier", "strict"]] = "tier"
 
     #: What the worker that runs this task tells it, and the other way round.
     _control: context.Control | None = None
@@ -214,7 +220,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         try:
             return self.unsafe_execute(result)
         except Exception as exc:  # noqa: BLE001 - the promise of this method
-            return self._finish(results.from_exception(exc, self.uuid))
+            return self._finish(results.from_exception(exc, self.uuid), exc)
 
     def unsafe_execute(self, result: Result | None = None) -> Result:
         """Like execute(), but what user code raises is raised."""
@@ -284,12 +290,19 @@ class Entrypoint(metaclass=EntrypointMeta):
             # run() raised first, and that is the failure to tell
             self._logger.exception("%s.PostRun: %s[%s] raised", type(self).__name__, self.path, self.uuid)
 
-    def _finish(self, result: Result) -> Result:
-        """Hooks, final status and log line of an execution that gave ``result``; the final Result."""
+    def _finish(self, result: Result, cause: BaseException | None = None) -> Result:
+        """Hooks, final status and log line of an execution that gave ``result``; the final Result.
+
+        ``cause``: what was raised, if that is why it failed. A failure that is tried again is not final: no hook.
+        """
+        if self.retry is not None and self._tried_again(self.retry, result, cause):
+            return result
         self._mark(result)
         if results.is_success(result):
             result = self._hooked("onsuccess", result)
             if not results.is_success(result):
+                if self.retry is not None and self._tried_again(self.retry, result, None):
+                    return result
                 self._mark(result)
         else:
             try:
@@ -302,6 +315,33 @@ class Entrypoint(metaclass=EntrypointMeta):
         self.result = result
         self._log_end(result)
         return result
+
+    def _tried_again(self, retry: Retry, result: Result, cause: BaseException | None) -> bool:
+        """Whether the worker that runs this will try it again; it is told when."""
+        control = self._control
+        if control is None or results.is_success(result) or control.aborted not in (None, "timeout"):
+            return False
+        delay_s = retry.delay_s(control.attempt, cause, self.uuid)
+        if delay_s is None:
+            return False
+        control.again_s = delay_s
+        self._set_aside()
+        if self._logger.isEnabledFor(logging.WARNING):
+            self._logger.warning(
+                "%s.Retry: %s[%s]: attempt %d of %d failed, the next one in %.3g s: %s",
+                type(self).__name__,
+                self.path,
+                self.uuid,
+                control.attempt,
+                retry.attempts,
+                delay_s,
+                result.stderr,
+                extra=self._extra(result),
+            )
+        return True
+
+    def _set_aside(self) -> None:
+        """Note that it will be tried again. An entrypoint has no status; a Task has."""
 
     def _mark(self, result: Result) -> None:
         """Note how the execution ended. An entrypoint has no status; a Task has."""

@@ -38,7 +38,11 @@ class EventType:
     OPERATION_STARTED = "operation.started"
     STEP_DONE = "step.done"
     STEP_FAILED = "step.failed"
+    #: An attempt failed, another one follows.
+    STEP_RETRYING = "step.retrying"
     OPERATION_ENDED = "operation.ended"
+    #: Nobody here can run it: it waits for somebody who can.
+    MESSAGE_WAITING = "message.waiting"
     MESSAGE_REJECTED = "message.rejected"
 
 
@@ -46,6 +50,8 @@ _PHASES = {
     EventType.OPERATION_STARTED: 0,
     EventType.STEP_DONE: 1,
     EventType.STEP_FAILED: 1,
+    EventType.STEP_RETRYING: 1,
+    EventType.MESSAGE_WAITING: 1,
     EventType.MESSAGE_REJECTED: 1,
     EventType.OPERATION_ENDED: 2,
 }
@@ -83,6 +89,8 @@ class Event(NamedTuple):
     at: int = 0
     #: Who tells it.
     worker: str = ""
+    #: Which attempt of the task it tells of, from 1.
+    attempt: int = 1
 
     @property
     def key(self) -> str:
@@ -97,7 +105,7 @@ class Event(NamedTuple):
     @property
     def identity(self) -> tuple[Any, ...]:
         """The same for an event and its repetition after a redelivery."""
-        return self.key, self.run, self.position, self.phase, self.type, self.uuid
+        return self.key, self.run, self.position, self.phase, self.type, self.uuid, self.attempt
 
     @property
     def ends(self) -> bool:
@@ -125,6 +133,8 @@ class Event(NamedTuple):
             "at": self.at or int(time.time() * 1000),
             "worker": self.worker if worker is None else worker,
         }
+        if self.attempt != 1:
+            data["attempt"] = self.attempt
         if self.params:
             data["params"] = mask(self.params)
         if self.note:
@@ -160,6 +170,7 @@ class Event(NamedTuple):
                 note=data.get("note", ""),
                 at=data.get("at", 0),
                 worker=data.get("worker", ""),
+                attempt=data.get("attempt", 1),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             raise ValidationError(f"Not an event of kser: {exc!r}") from None

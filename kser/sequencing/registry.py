@@ -2,11 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from kser.controller import Controller
 from kser.entry import Entrypoint
 from kser.errors import ConfigurationError, ValidationError
+from kser.retry import Retry
 from kser.schemas import Message
 from kser.sequencing.task import MessageSender, Task, function_task
 
@@ -72,6 +73,8 @@ class OperationRegistry:
         timeout: float | None = None,
         limit: int | None = None,
         isolate: bool | None = None,
+        retry: Retry | None = None,
+        order: Literal["tier", "strict"] | None = None,
     ) -> Any:
         """Class decorator: route messages that name this class to it. Gives the class itself.
 
@@ -83,11 +86,13 @@ class OperationRegistry:
             timeout: seconds one execution may take on a worker.
             limit: how many of it a worker runs side by side.
             isolate: True to run it in a child process of the worker.
+            retry: whether and when a worker tries it again after it failed.
+            order: "strict": later messages of the same key wait for its next attempt, however long that takes.
 
         Subscribing the same class again changes nothing. Raises ValidationError for anything that is no Entrypoint
         class, and for a name another class has already; ConfigurationError for an option that cannot be.
         """
-        options = _options(topic, timeout, limit, isolate)
+        options = _options(topic, timeout, limit, isolate, retry, order)
         if callback is None:
             return lambda decorated: self._subscribe(decorated, name, aliases, options)
         return self._subscribe(callback, name, aliases, options)
@@ -130,6 +135,8 @@ class OperationRegistry:
         timeout: float | None = None,
         limit: int | None = None,
         isolate: bool | None = None,
+        retry: Retry | None = None,
+        order: Literal["tier", "strict"] | None = None,
     ) -> Any:
         """Decorator: make a Task class of a plain function of its params, and subscribe it. Gives the class.
 
@@ -139,7 +146,7 @@ class OperationRegistry:
 
         Args: as for subscribe().
         """
-        options = _options(topic, timeout, limit, isolate)
+        options = _options(topic, timeout, limit, isolate, retry, order)
         if function is None:
             return lambda decorated: self._subscribe(function_task(decorated), name, aliases, options)
         return self._subscribe(function_task(function), name, aliases, options)
@@ -149,13 +156,25 @@ class OperationRegistry:
         return dict(self.controller.ENTRYPOINTS)
 
 
-def _options(topic: str | None, timeout: float | None, limit: int | None, isolate: bool | None) -> dict[str, Any]:
+def _options(
+    topic: str | None,
+    timeout: float | None,
+    limit: int | None,
+    isolate: bool | None,
+    retry: Retry | None,
+    order: str | None,
+) -> dict[str, Any]:
     """The class attributes that these keywords set. Raises ConfigurationError."""
     if timeout is not None and not timeout > 0:
         raise ConfigurationError(f"timeout={timeout!r}: give more than 0 seconds, or None for no limit")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ConfigurationError(f"limit={limit!r}: give a whole number from 1, or None for no limit")
-    given = {"topic": topic or None, "timeout": timeout, "limit": limit, "isolate": isolate}
+    if retry is not None and not isinstance(retry, Retry):
+        raise ConfigurationError(f"retry={retry!r}: give a Retry, such as Retry(attempts=5, backoff_s=2)")
+    if order not in (None, "tier", "strict"):
+        raise ConfigurationError(f"order={order!r}: give 'tier' or 'strict'")
+    given: dict[str, Any] = {"topic": topic or None, "timeout": timeout, "limit": limit, "isolate": isolate}
+    given |= {"retry": retry, "order": order}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -20,7 +20,7 @@ from kser.sequencing.plain_step import next_step
 from kser.sequencing.task import Task, UnregisteredTask
 from kser.status import Status
 
-__all__ = ["MAX_MESSAGE_BYTES", "Consequences", "Outgoing", "Sequencer", "encode"]
+__all__ = ["MAX_MESSAGE_BYTES", "Consequences", "Outgoing", "Sequencer", "encode", "step_event"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,10 +146,10 @@ class Sequencer:
         """A task was executed. ``topic``: where its message came from."""
         out = Consequences()
         if itinerary is None or not itinerary.frames:
-            out.events.append(_step(task, result, None))
+            out.events.append(step_event(task, result, None))
             return out
         self._started(itinerary, out)
-        out.events.append(_step(task, result, itinerary))
+        out.events.append(step_event(task, result, itinerary))
         self._go_on(itinerary.passed(), task, result, topic, out)
         return out
 
@@ -450,7 +450,8 @@ def _status(result: Result) -> Status:
     return Status.SUCCESS if results.is_success(result) else Status.FAILED
 
 
-def _step(task: Task, result: Result, itinerary: Itinerary | None) -> Event:
+def step_event(task: Task, result: Result, itinerary: Itinerary | None) -> Event:
+    """That a task ended with ``result``."""
     inside = itinerary is not None and bool(itinerary.frames)
     return Event(
         type=EventType.STEP_DONE if results.is_success(result) else EventType.STEP_FAILED,

@@ -126,11 +126,12 @@ class Task(Entrypoint):
                     ran = eventloop.run(ran)
                 ran = self._as_result(ran, "run")
         except Exception as exc:  # noqa: BLE001 - the promise of execute()
-            return self._finish(results.from_exception(self._overran(exc) or exc, uuid))
+            cause = self._overran(exc) or exc
+            return self._finish(results.from_exception(cause, uuid), cause)
         finally:
             context._task.reset(token)
         if self._control is not None and (late := self._overran(None)) is not None:
-            return self._finish(results.from_exception(late, uuid))  # what it still gave came too late
+            return self._finish(results.from_exception(late, uuid), late)  # what it still gave came too late
         forwarded = self._result
         if ran is None:
             done = Result(uuid=uuid) if forwarded is None else results.forward(forwarded, uuid)
@@ -162,6 +163,9 @@ class Task(Entrypoint):
         # Assigned, not moved: an onsuccess() that raises turns the SUCCESS it was called with into a FAILED, and the
         # execution is not over before its hooks are.
         self.status = Status.SUCCESS if results.is_success(result) else Status.FAILED
+
+    def _set_aside(self) -> None:
+        self.status = Status.PENDING
 
     def _label(self) -> str:
         return str(self.status)
@@ -314,7 +318,20 @@ def _originals(*names: str) -> dict[str, Any]:
 ORIGINALS: dict[str, dict[str, Any]] = {
     "runs": _originals(
         *("prerun", "postrun", "onsuccess", "onerror", "check_required_params", "unsafe_execute", "result", "log"),
-        *("_execute", "_perform", "_prerun", "_run", "_postrun", "_finish", "_mark", "_start", "_hooked", "_log_end"),
+        *(
+            "_execute",
+            "_perform",
+            "_prerun",
+            "_run",
+            "_postrun",
+            "_finish",
+            "_mark",
+            "_set_aside",
+            "_tried_again",
+            "_start",
+            "_hooked",
+            "_log_end",
+        ),
     ),
     "enters": _originals("to_entry", "own_topic", "carried", "path", "topic", "key", "status"),
     "sends": _originals(

@@ -276,7 +276,7 @@ class _Child:
         if orders["main"] is not None:
             loading.stand_in_for_main(orders["main"], controller)
         loading.answer_to(controller, orders["names"])
-        return Runner(controller, orders["group"], orders["worker"], orders["limit"], events=orders["events"])
+        return Runner(controller, **orders["runner"])
 
     def _refuse(self, why: str) -> NoReturn:
         self._work.send((UNLOADABLE, why))
@@ -295,7 +295,7 @@ class _Child:
                 self._tell(running)
                 with context.controlling(control):
                     outcome = runner.execute(work)
-            return DONE, number, outcome.kind, outcome.ahead, [_fields(out) for out in outcome.records]
+            return DONE, number, outcome.kind, outcome.ahead, [_fields(out) for out in outcome.records], outcome.again_s
         except Exception as exc:
             logger.exception("Record %s/%s/%s broke its process", record.topic, record.partition, record.offset)
             return FAULT, number, f"{type(exc).__name__}: {exc}"

@@ -15,7 +15,8 @@ Ordering = Literal["key", "partition", "none"]
 class Item:
     """One record on its way through the worker. ``outcome`` is None until it was run, and when it never is."""
 
-    __slots__ = ("admitted", "control", "error", "last", "outcome", "place", "record", "state", "turn", "work")
+    __slots__ = ("admitted", "control", "error", "last", "outcome", "place", "record", "rest", "state",
+                 "suspect", "turn", "work")  # fmt: skip
 
     def __init__(self, state: PartitionState, record: Record) -> None:
         self.state = state
@@ -29,6 +30,10 @@ class Item:
         self.admitted: Any = None
         #: Why it is not run (any more) but failed.
         self.error: Exception | None = None
+        #: What is behind it in its unit, when it is to be run again later.
+        self.rest: deque[Item] | None = None
+        #: It may be what crashed a worker: run apart from everything else.
+        self.suspect = False
         #: Where the dispatcher put it, and when: only for its own bookkeeping.
         self.turn = 0
         self.place = 0

@@ -244,7 +244,10 @@ class Executor:
         self._waiting = _Crew(self, "async", coroutines, self._run_here, waits=True)
         self._isolated = None if isolated is None else _Crew(self, "isolated", children, isolated, waits=True)
         self._kinds: dict[type[Entrypoint] | None, _Kind | None] = {}
-        self._gates: list[_Gate] = []
+        #: What may have crashed a worker is run apart, one at a time: a crash is its own then.
+        alone = _Gate(1)
+        self._gates: list[_Gate] = [alone]
+        self._suspects = _Kind(alone, self._isolated, None)
         #: Threads whose task ignored its timeout and that were replaced.
         self.abandoned: list[_Hand] = []
         #: Seconds a record takes, lately.
@@ -439,6 +442,10 @@ class Executor:
                         if hand.abandoned:
                             return
                         break
+                    if item.outcome.again_s is not None:
+                        item.rest = rest  # whether these wait for it is not for this thread to say
+                        finished.append(item)
+                        break
                     finished.append(item)
                     if (now := monotonic()) - woke > _WAKE_S:
                         woke = now
@@ -472,13 +479,15 @@ class Executor:
                 work = item.work = opened
                 cls = work.cls
                 kind = self._kinds[cls] if cls in self._kinds else self._learn(cls)
+                if item.suspect:
+                    kind = self._suspects
                 if kind is not None and not self._pass(kind, crew, item, unit):
                     return False
+            item.control = Control(work.attempt)
+            context._control.set(item.control)
             if item.error is not None:
                 item.outcome = self._runner.fail(work, item.error)
             else:
-                item.control = Control(work.attempt)
-                context._control.set(item.control)
                 hand.told = 0.0
                 hand.since = time.monotonic()
                 hand.item = item
@@ -543,6 +552,7 @@ class Executor:
         gate, item.admitted = item.admitted, None
         following = gate.leave()
         if following is not None:
-            kind = self._kinds[following[0].work.cls]
+            first = following[0]
+            kind = self._suspects if first.suspect else self._kinds[first.work.cls]
             assert kind is not None
             (kind.crew or self._crew).put([deque((following,))])

@@ -7,12 +7,15 @@ the settle thread. Everything here happens in the thread that called Worker.run(
 import contextlib
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
+from kser import headers
 from kser.errors import (
     AbortedError,
     Error,
@@ -30,9 +33,11 @@ from kser.worker.dispatch import Dispatcher, Item
 from kser.worker.executor import Executor
 from kser.worker.health import HealthStatus
 from kser.worker.lockfiles import LockFiles
-from kser.worker.offsets import METADATA_BYTES, PartitionState, decode
+from kser.worker.offsets import METADATA_BYTES, SUSPECT_AFTER, Parked, PartitionState, decode
+from kser.worker.parking import KEYS, LONGEST_S, ParkingLot
 from kser.worker.runner import Outcome, Runner, Work
 from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
+from kser.worker.tiers import SHORTEST_MS, to_tier
 
 if TYPE_CHECKING:
     from kser.worker.pool import IsolatedPool
@@ -142,6 +147,8 @@ class Loop:
         self.bounded: set[Partition] = set()
         self.in_flight = 0
         self.bytes_in_flight = 0
+        #: What waits for its next attempt, and what waits behind it; not in flight.
+        self.lot = ParkingLot()
         #: Finished, not settled, in the order they finished.
         self.pending: list[Item] = []
         self.batch: Batch | None = None
@@ -203,15 +210,16 @@ class Loop:
         if not self._joined:
             self._wait_to_join(self._turned)
         self._throttle()
-        working = bool(self.in_flight or self.pending or self.batch is not None)
         records: Sequence[Record] = ()
         now = time.monotonic()
-        most = self.worker.max_in_flight
-        full = max(self.in_flight, len(self.pending)) >= most or self.bytes_in_flight >= self.worker.max_bytes
+        if self.lot.items:
+            self._unpark(now)
+        working = bool(self.in_flight or self.pending or self.batch is not None)
+        full = self._full()
         if not full or self.halted or now - self._polled > _JAM_S:
             self._polled = now
             self._halt(full or self.files.paused)
-            records = self._poll(0 if working else _TURN_S)
+            records = self._poll(0 if working else min(_TURN_S, max(self.lot.next_due - now, 0)))
             if records:
                 self._busy_at = now
                 self._take(records)
@@ -227,7 +235,15 @@ class Loop:
                 "worker ends, so that a new one starts without them"
             )
         busy = working or records or self.in_flight or self.pending or self.uncommitted or self._storing
-        return bool(self.parts) and not busy
+        return bool(self.parts) and not busy and not self.lot.items
+
+    def _full(self) -> bool:
+        """Whether there is so much taken and not run, or run and not settled, that no more is fetched."""
+        lot, worker = self.lot, self.worker
+        return (
+            max(self.in_flight + lot.items, len(self.pending)) >= worker.max_in_flight
+            or self.bytes_in_flight + lot.bytes >= worker.max_bytes
+        )
 
     def _wait_to_join(self, now: float) -> None:
         """Notice that the group has taken this worker in; say so when it does not: Kafka tells no error."""
@@ -320,21 +336,108 @@ class Loop:
     def _take(self, records: Sequence[Record]) -> None:
         items: list[Item] = []
         parts, size = self.parts, 0
+        fresh: dict[PartitionState, Position] = {}
         for record in records:
             state = parts.get((record.topic, record.partition))  # type: ignore[call-overload]
             if state is None or state.closed:
                 continue
+            if not state.marked:
+                fresh[state] = self._mark(state, record.offset)
             wanted = state.take(record.offset)
             if not wanted:
                 self.stats["skipped" if wanted is None else "came again"] += 1
                 continue
-            items.append(Item(state, record))
+            item = Item(state, record)
+            items.append(item)
+            if state.parked and (parked := state.parked.get(record.offset)) is not None:
+                # As its last owner left it: its attempt, and when that is due.
+                item.record = _with(record, {headers.ATTEMPT: parked.attempt, headers.NOT_BEFORE: parked.due_ms})
+            if state.crashes:
+                item.suspect = state.crashes_of(record.offset) >= SUSPECT_AFTER
+                self.stats["suspects"] += item.suspect
             if record.value is not None:
                 size += len(record.value)
+        if fresh:
+            self._open(fresh)
         if items:
             self.in_flight += len(items)
             self.bytes_in_flight += size
             self.dispatcher.take(items)
+
+    def _mark(self, state: PartitionState, offset: int) -> Position:
+        """What to commit before the first record of a partition is run, the one with this offset."""
+        if state.position < 0:
+            state.position = offset
+        state.marked = True
+        return state.commit_point(self._settle_id())
+
+    def _open(self, fresh: dict[PartitionState, Position]) -> None:
+        """Commit that these partitions are being worked on: whoever finds that later knows that this worker crashed.
+
+        Before anything of them is run, because a task that ends its process at once would never be found out.
+        """
+        try:
+            self.source.commit(list(fresh.values()), 5)
+        except TransportError as exc:
+            # Nothing is lost by it: the next records of these try again, and a crash until then is not counted.
+            logger.log(
+                logging.INFO if isinstance(exc, GroupError) else logging.WARNING,
+                "Not noted that partitions are being worked on: %s",
+                exc.message,
+            )
+            for state in fresh:
+                state.marked = False
+
+    def _settle_id(self) -> str:
+        self._count += 1
+        return f"{self.worker.name}.{self._life}.{self._count}"
+
+    # -- what is run again later -------------------------------------------------------------------------------------
+
+    def _unpark(self, now: float) -> None:
+        """Run what has become due."""
+        units = self.lot.due(now)
+        for unit in units:
+            self.in_flight += len(unit)
+            self.bytes_in_flight += sum(len(item.record.value or b"") for item in unit)
+        if units:
+            self.executor.submit([*units])
+
+    def _later(self, item: Item, outcome: Outcome) -> bool:
+        """Have a record run again: parked, with its key, or by a tier. False when it is parked and not settled now."""
+        record, state, delay_s = item.record, item.state, outcome.again_s or 0.0
+        rest: deque[Item] = item.rest or deque()
+        item.rest = None
+        attempt = headers.number(record.headers, headers.ATTEMPT, 1)
+        strict = False
+        if outcome.kind == "retry":
+            attempt += 1
+            cls = item.work.cls
+            strict = cls is not None and cls.order == "strict"
+        short = delay_s <= LONGEST_S and len(state.parked) < KEYS
+        if outcome.kind != "waiting" and (short or strict):
+            again = Item(state, record if outcome.kind == "delayed" else _with(record, {headers.ATTEMPT: attempt}))
+            again.last, again.suspect = item.last, item.suspect
+            rest.appendleft(again)
+            self.in_flight -= len(rest) - 1
+            self.bytes_in_flight -= sum(len(each.record.value or b"") for each in rest) - len(record.value or b"")
+            self.lot.put(rest, time.monotonic() + delay_s)
+            if outcome.kind == "delayed":
+                return False
+            state.park(record.offset, Parked(attempt, int((time.time() + delay_s) * 1000)))
+            return True
+        changed: dict[str, int | str] = {headers.ATTEMPT: attempt} if attempt > 1 else {}
+        if outcome.kind == "waiting":
+            changed |= {headers.WAITING: outcome.since_ms or int(time.time() * 1000), headers.REASON: outcome.reason}
+        delay_ms = max(int(delay_s * 1000), SHORTEST_MS)
+        kept = _with(record, changed)
+        outcome.records.append(
+            to_tier(self.worker.group, record.topic, record.key, record.value, kept.headers, delay_ms)
+        )
+        if rest:
+            self.executor.submit([rest])
+        state.finished(record.offset)
+        return True
 
     def _throttle(self) -> None:
         """Obey the pause file, and tell what runs."""
@@ -357,7 +460,7 @@ class Loop:
             if more:
                 self.source.pause(more)
                 self.halted |= more
-        elif self.halted and max(self.in_flight, len(self.pending)) <= self.worker.max_in_flight // 2:
+        elif self.halted and max(self.in_flight + self.lot.items, len(self.pending)) <= self.worker.max_in_flight // 2:
             self.source.resume((self.halted & self.parts.keys()) - self.bounded)
             self.halted.clear()
 
@@ -428,6 +531,13 @@ class Loop:
                     logger.error("Stopping: a record broke the worker; it stays unsettled")
                     self.worker.stop()
                     continue
+                if outcome.again_s is not None:
+                    parked = self.lot.items
+                    if self._later(item, outcome):
+                        pending.append(item)
+                    if item.last and self.lot.items == parked:
+                        freed.append(item)
+                    continue
             if item.last:
                 freed.append(item)
             state.finished(record.offset)
@@ -487,8 +597,7 @@ class Loop:
                 return
         items: list[Item] = self.pending
         held: list[Item] = []
-        self._count += 1
-        settle_id = f"{self.worker.name}.{self._life}.{self._count}"
+        settle_id = self._settle_id()
         positions: list[Position] = []
         states = {item.state for item in items}
         for state in states:
@@ -564,8 +673,7 @@ class Loop:
             return
         states = self.uncommitted | self._storing
         self.uncommitted, self._storing = set(), set()
-        self._count += 1
-        settle_id = f"{self.worker.name}.{self._life}.{self._count}"
+        settle_id = self._settle_id()
         positions = []
         for state in states:
             if state.gone:
@@ -634,7 +742,7 @@ class Loop:
                 logger.warning("Not known yet what became of a batch: %s", exc.message)
                 self._not_before = now + _BACKOFF_S
                 return
-            if any(decode(p.offset, p.metadata)[0] == batch.settle_id for p in found):
+            if any(decode(p.offset, p.metadata).settle_id == batch.settle_id for p in found):
                 self.stats["answers lost"] += 1
                 logger.info("The answer to a commit was lost, its transaction was not")
                 self.unknown = None
@@ -650,11 +758,23 @@ class Loop:
         self._wait_for_batches_of(set(partitions))
         found = self.source.committed(partitions, timeout_s=60)
         for position in found:
-            self.parts[position.of] = PartitionState(position.of, position)
+            self.parts[position.of] = state = PartitionState(position.of, position)
+            if state.was_open:
+                self._crashed(state)
             self.halted.discard(position.of)
             self.bounded.discard(position.of)
         logger.debug("Assigned: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
         return [position for position in found if position.offset >= 0]
+
+    def _crashed(self, state: PartitionState) -> None:
+        """The owner before ended without letting go: what it may have been running is noted."""
+        self.stats["crashes found"] += 1
+        try:
+            end = self.source.watermarks(state.of, timeout_s=5)[1]
+        except TransportError:
+            end = sys.maxsize  # as if all of it had been there
+        state.crashed(end)
+        logger.warning("The last owner of %s/%s crashed, or was cut off: what it was running runs again", *state.of)
 
     def _wait_for_batches_of(self, partitions: set[Partition]) -> None:
         """A batch of an earlier assignment must be over before the offsets are read, or its records run twice."""
@@ -714,6 +834,25 @@ class Loop:
         while unsettled() and time.monotonic() < end and self.failure is None and self.worker.stopping < 3:
             self._settle(at_once=True)
             self._collect(0.02)
+        self._let_go(closing)
+
+    def _let_go(self, closing: AbstractSet[PartitionState]) -> None:
+        """Commit that nobody works on these any more. Not while a batch of theirs may still be committed after that."""
+        batches = [batch for batch in (self.batch, self.unknown) if batch is not None]
+        if any(not closing.isdisjoint(batch.states) for batch in batches):
+            return
+        settle_id = self._settle_id()
+        positions = []
+        for state in closing:
+            if state.marked and not state.gone:
+                with contextlib.suppress(ValidationError):
+                    positions.append(state.commit_point(settle_id, _offsets_of(state, self.pending), clean=True))
+        if not positions:
+            return
+        try:
+            self.source.commit(positions, 5)
+        except TransportError as exc:
+            logger.info("Not noted that partitions were let go of as they should be: %s", exc.message)
 
     def _forget(self, partitions: Sequence[Partition]) -> None:
         gone = [state for p in partitions if (state := self.parts.pop(p, None)) is not None]
@@ -723,6 +862,7 @@ class Loop:
             self.halted.discard(state.of)
             self.bounded.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
+        self.lot.drop(set(gone))
         self.executor.abort("lost", set(gone))
         self.executor.drop_closed()
 
@@ -804,6 +944,12 @@ class Loop:
             partitions=len(self.parts),
             draining=self.draining,
         )
+
+
+def _with(record: Record, changed: Mapping[str, int | str]) -> Record:
+    """The record with these headers instead of its own of the same names."""
+    kept = [header for header in record.headers if header[0] not in changed]
+    return record._replace(headers=[*kept, *((name, str(value).encode()) for name, value in changed.items())])
 
 
 def _offsets_of(state: PartitionState, items: Iterable[Item]) -> list[int]:

@@ -8,9 +8,9 @@ What the two say, each value marshalled with its length in front:
 
 1. ``work``, a socket. Parent: its orders (where the registry is, Runner's arguments, sys.path, sys.argv, log levels).
    Child: ("ready",) or ("unloadable", why), and ends. Then for each record, parent: (number, the record's fields);
-   child: any count of ("beat", number), then one of ("done", number, kind, ahead, records), ("unknown", number, name)
-   for a class that only the parent has registered, ("fault", number, text) for an error that is no task's. The parent
-   closes its side to end an idle child.
+   child: any count of ("beat", number), then one of ("done", number, kind, ahead, records, again_s), ("unknown",
+   number, name) for a class that only the parent has registered, ("fault", number, text) for an error that is no
+   task's. The parent closes its side to end an idle child.
 2. ``control``, a socket the child reads in a thread of its own, while a task runs. Parent: ("abort", number, reason),
    which is the task's ``aborted``; ("end", 0, ""), which says that the SIGTERM that follows is meant. Its end is the
    parent's: the child kills its process group.
@@ -37,7 +37,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final, NoReturn, Self
 
@@ -79,10 +79,7 @@ class IsolatedPool:
     Args:
         location: ``MODULE_OR_FILE:NAME`` of the registry or controller.
         size: children that are kept. run() may be called by as many threads side by side.
-        group: the workers' group.
-        worker: name of this worker, for the events.
-        limit: largest message, in bytes.
-        events: False to emit no events.
+        settings: of the children's Runner: its arguments after the controller, by name.
         grace_s: what a task that was told to end gets before it is killed, in seconds.
         load_limit_s: what a child gets to load the registry, in seconds.
 
@@ -96,10 +93,7 @@ class IsolatedPool:
         location: str,
         size: int,
         *,
-        group: str,
-        worker: str,
-        limit: int,
-        events: bool,
+        settings: Mapping[str, Any],
         grace_s: float = 2.0,
         load_limit_s: float = 60.0,
     ) -> None:
@@ -112,7 +106,7 @@ class IsolatedPool:
             raise ConfigurationError("isolate=True needs a Python to start: sys.executable of this program is empty")
         self.size = size
         self._location = loading.absolute(location)
-        self._orders = {"group": group, "worker": worker, "limit": limit, "events": events}
+        self._orders = {"runner": dict(settings)}
         self._grace_s = grace_s
         self._load_limit_s = load_limit_s
         self._lock = threading.Lock()
@@ -313,8 +307,8 @@ class IsolatedPool:
 
     def _outcome(self, record: Record, answer: tuple[Any, ...]) -> Outcome:
         if answer[0] == protocol.DONE:
-            _, _, kind, ahead, records = answer
-            return Outcome(kind, [OutRecord(*fields) for fields in records], ahead)
+            _, _, kind, ahead, records, again_s = answer
+            return Outcome(kind, [OutRecord(*fields) for fields in records], ahead, again_s=again_s)
         if answer[0] == protocol.UNKNOWN:
             raise ConfigurationError(
                 f"{answer[2]} is registered in this process, but not in a child that loads {self._location}: register "

@@ -1,41 +1,42 @@
 """What one record becomes: decode, dispatch, execute, and what follows from it. No I/O of its own."""
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from kser import context, results
+from kser import context, headers, results
 from kser.controller import Controller
 from kser.entry import Entrypoint
-from kser.errors import Error, InternalError
+from kser.errors import EntrypointNotFoundError, Error, InternalError
 from kser.events import Event, EventType, events_topic
 from kser.results import ACCEPTED, Result
 from kser.schemas import Message
-from kser.sequencing.itinerary import METADATA_KEY, Itinerary, key_bytes, message_key
+from kser.sequencing.itinerary import METADATA_KEY, VERSION, Itinerary, key_bytes, message_key
 from kser.sequencing.operation import Operation
 from kser.sequencing.plain_step import is_plain
-from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing, Sequencer
+from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing, Sequencer, step_event
 from kser.sequencing.task import Task, UnregisteredTask
 from kser.status import Status
 from kser.transport import OutRecord, Record
+from kser.worker.dead_letters import dead_letter, dead_letters_topic
 
-__all__ = ["ATTEMPT_HEADER", "GROUP_HEADER", "Outcome", "Runner", "Work"]
+__all__ = ["Outcome", "Runner", "Work"]
 
 logger = logging.getLogger(__name__)
 
-#: Header of every message a worker emits: only workers of this group run it.
-GROUP_HEADER = "kser-group"
-#: Header of a message that is tried again: which try it is, from 2.
-ATTEMPT_HEADER = "kser-attempt"
+#: A message that nobody here can run comes back after so many seconds, to be looked at again.
+_LOOK_AGAIN_S = 10.0
 
 
 @dataclass(slots=True)
 class Outcome:
     """What one record became. Its records are all there is to send before its offset may be committed."""
 
-    #: "done", "failed", "rejected" (no message) or "foreign" (of another group).
+    #: "done", "failed", "rejected" (no message), "foreign" (of another group), "retry" (another attempt follows),
+    #: "delayed" (not yet due) or "waiting" (for somebody who can run it).
     kind: str
     records: list[OutRecord] = field(default_factory=list)
     #: How many of the records the task itself sent. They go first, the rest when all of them are confirmed: one that is
@@ -43,6 +44,12 @@ class Outcome:
     ahead: int = 0
     #: Gives the records to send instead, when the broker refuses a message for good.
     refused: Callable[[Error], list[OutRecord]] | None = None
+    #: The record itself is run again after so many seconds; None: it is not.
+    again_s: float | None = None
+    #: Why it waits, for people.
+    reason: str = ""
+    #: Since when it waits, in milliseconds since the epoch.
+    since_ms: int = 0
 
 
 class Work:
@@ -127,6 +134,8 @@ class Runner:
         worker: name of this worker, for the events.
         limit: largest message, in bytes.
         events: False to emit no events.
+        dead_letters: whether the message of what failed is kept in ``{group}.dlq``.
+        wait_s: how long a message that nobody here can run waits for a worker that can, before it fails.
 
     Thread rule: has no state; may be shared.
     """
@@ -139,13 +148,17 @@ class Runner:
         limit: int = MAX_MESSAGE_BYTES,
         *,
         events: bool = True,
+        dead_letters: bool = False,
+        wait_s: float = 0,
     ) -> None:
         self.controller = controller
         self.worker = worker
+        self.wait_s = wait_s
         self.sequencer = Sequencer(controller, limit)
         self._group = group.encode()
-        self._headers = ((GROUP_HEADER, self._group),)
+        self._headers = ((headers.GROUP, self._group),)
         self._events_topic = events_topic(group) if events else None
+        self._dead_topic = dead_letters_topic(group) if dead_letters else None
 
     def run(self, record: Record) -> Outcome:
         """Run one record to its end. Never raises an Exception."""
@@ -156,10 +169,13 @@ class Runner:
         """What a record asks for, or its Outcome when there is nothing to run. Runs hooks of the controller only."""
         attempt = 1
         if record.headers:
-            group = record.header(GROUP_HEADER)
+            group = record.header(headers.GROUP)
             if group is not None and group != self._group:
                 return Outcome("foreign")
-            attempt = _attempt(record.header(ATTEMPT_HEADER))
+            attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
+            not_before = headers.number(record.headers, headers.NOT_BEFORE)
+            if not_before and (left_ms := not_before - time.time() * 1000) > 0:
+                return Outcome("delayed", again_s=left_ms / 1000)
         try:
             kmsg = self.controller.decode(record.value if record.value is not None else b"")
         except Exception as exc:  # noqa: BLE001 - data that is no message; a user's TRANSPORT may raise anything
@@ -170,6 +186,9 @@ class Runner:
         try:
             itinerary = Itinerary.of(kmsg)
         except Error as exc:
+            version = exc.extra.get("version")
+            if isinstance(version, int) and version > VERSION and (wait := self._wait(record, kmsg, exc)) is not None:
+                return wait
             return self._reject(record, self.controller.reject(record.value, exc), kmsg)
         cls = None
         if itinerary is None or itinerary.end is None:
@@ -213,35 +232,39 @@ class Runner:
         kmsg, topic = work.kmsg, work.record.topic
         outcome = self._outcome("done", self.sequencer.operation_ended(kmsg.result, itinerary, topic), outbox)
         outcome.refused = lambda error: self._refused(
-            error,
-            work.name,
-            kmsg.uuid,
-            topic,
-            lambda failure: self.sequencer.operation_ended(failure, itinerary, topic),
+            error, work, lambda failure: self.sequencer.operation_ended(failure, itinerary, topic)
         )
         return outcome
 
     def _run(self, work: Work, outbox: _Outbox, error: Exception | None, scope: context.Scope) -> Outcome:
         kmsg, topic = work.kmsg, work.record.topic
         task: Task | None = None
+        control = context.current_control()
         try:
             scope.derive_from(kmsg.uuid, ":init")
             entrypoint = self._dispatch(kmsg)
         except BaseException as exc:  # noqa: BLE001 - not registered, or a constructor that raised
+            if error is None and isinstance(exc, EntrypointNotFoundError):
+                wait = self._wait(work.record, kmsg, exc)
+                if wait is not None:
+                    return wait
             result = results.from_exception(error or exc, kmsg.uuid)
         else:
             if isinstance(entrypoint, Operation):
-                return self._launch(work.record, entrypoint, work.itinerary, outbox)
+                return self._launch(work, entrypoint, outbox)
             task = entrypoint if isinstance(entrypoint, Task) else None
             scope.derive_from(entrypoint.uuid)
+            entrypoint._control = control
             if error is None:
-                entrypoint._control = context.current_control()
                 result = self._execute(entrypoint)
             else:
                 result = self._finish(entrypoint, error)
         if task is None:  # nobody's class, or a bare Entrypoint: for the sequence it is a task all the same
             task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
             task.entrypoint = kmsg.entrypoint
+        if control is not None and control.again_s is not None and not results.is_success(result):
+            outbox.drop()
+            return self._again(work, task, result, control.again_s)
         scope.derive_from(kmsg.uuid, ":hooks")
         result = self.controller._onresult(kmsg, result)
         if not results.is_success(result):
@@ -259,22 +282,83 @@ class Runner:
             return Outcome("done")  # nothing follows from it
         return self._ended(work, task, result, outbox)
 
+    def _again(self, work: Work, task: Task, result: Result, delay_s: float) -> Outcome:
+        """Another attempt follows: nothing but an event says that this one failed."""
+        note = f"attempt {work.attempt} failed, the next one in {delay_s:.3g} s"
+        event = step_event(task, result, work.itinerary)
+        event = event._replace(type=EventType.STEP_RETRYING, status=Status.PENDING, attempt=work.attempt, note=note)
+        refused = partial(self._task_refused, task, work)
+        return Outcome("retry", self._records([], [event]), refused=refused, again_s=delay_s)
+
+    def _wait(self, record: Record, kmsg: Message, error: Error) -> Outcome | None:
+        """Nobody here can run it; None once it has waited for a worker that can for as long as it may.
+
+        While a new release is rolled out its messages may come to workers of the old one: that is no failure.
+        """
+        now_ms = int(time.time() * 1000)
+        waited_since = headers.number(record.headers, headers.WAITING)
+        left_s = self.wait_s - (now_ms - (waited_since or now_ms)) / 1000
+        if left_s <= 0:
+            return None
+        reason = f"{error.message}, on worker {self.worker} of group {self._group.decode()}"
+        events = []
+        if not waited_since:
+            logger.warning(
+                "%s[%s] waits up to %.3g s for a worker that can run it: %s", kmsg.entrypoint, kmsg.uuid, left_s, reason
+            )
+            task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
+            task.entrypoint = kmsg.entrypoint
+            try:
+                itinerary = Itinerary.of(kmsg)
+            except Error:
+                itinerary = None  # of a newer release: whoever can read it tells the rest
+            event = step_event(task, results.from_exception(error, kmsg.uuid), itinerary)
+            events = [event._replace(type=EventType.MESSAGE_WAITING, status=Status.PENDING, note=reason)]
+        return Outcome(
+            "waiting",
+            self._records([], events),
+            again_s=min(left_s, _LOOK_AGAIN_S),
+            reason=reason,
+            since_ms=waited_since or now_ms,
+        )
+
     def _ended(self, work: Work, task: Task, result: Result, outbox: _Outbox) -> Outcome:
         consequences = self.sequencer.task_ended(task, result, work.itinerary, work.record.topic)
         outcome = self._outcome("done" if results.is_success(result) else "failed", consequences, outbox)
         outcome.refused = partial(self._task_refused, task, work)
+        if outcome.kind == "failed":
+            self._keep(outcome.records, work.record, work.kmsg, result, work.attempt)
         return outcome
 
-    def _launch(self, record: Record, operation: Operation, itinerary: Itinerary | None, outbox: _Outbox) -> Outcome:
-        consequences = self.sequencer.operation_reached(operation, itinerary, record.topic)
+    def _keep(
+        self, records: list[OutRecord], record: Record, kmsg: Message | None, result: Result, attempt: int = 1
+    ) -> None:
+        """Add the dead letter of a message that failed for good."""
+        if self._dead_topic is not None:
+            records.append(
+                dead_letter(
+                    record,
+                    self._dead_topic,
+                    error=result,
+                    kmsg=kmsg,
+                    attempt=attempt,
+                    group=self._group.decode(),
+                    worker=self.worker,
+                    now_ms=int(time.time() * 1000),
+                )
+            )
+
+    def _launch(self, work: Work, operation: Operation, outbox: _Outbox) -> Outcome:
+        itinerary, topic = work.itinerary, work.record.topic
+        consequences = self.sequencer.operation_reached(operation, itinerary, topic)
         outcome = self._outcome("failed" if operation.status == Status.FAILED else "done", consequences, outbox)
         outcome.refused = lambda error: self._refused(
             error,
-            f"{operation.path}[{operation.uuid}]",
-            operation.uuid,
-            record.topic,
-            lambda failure: self.sequencer.operation_refused(operation, failure, itinerary, record.topic),
+            work,
+            lambda failure: self.sequencer.operation_refused(operation, failure, itinerary, topic),
         )
+        if outcome.kind == "failed":
+            self._keep(outcome.records, work.record, work.kmsg, operation.result, work.attempt)
         return outcome
 
     def _dispatch(self, kmsg: Message) -> Entrypoint:
@@ -310,16 +394,17 @@ class Runner:
             )
             return Consequences(events=[event])
 
-        return self._refused(error, f"{task.path}[{task.uuid}]", task.uuid, topic, consequences)
+        return self._refused(error, work, consequences)
 
-    def _refused(
-        self, error: Error, what: str, uuid: str, topic: str, consequences: Callable[[Result], Consequences]
-    ) -> list[OutRecord]:
+    def _refused(self, error: Error, work: Work, consequences: Callable[[Result], Consequences]) -> list[OutRecord]:
         """What is sent instead of records that the broker refused for good: what follows from a failure."""
-        logger.error("What follows from %s was refused by the broker: %s", what, error.message)
-        outbox = _Outbox(self.sequencer, topic)
+        logger.error("What follows from %s was refused by the broker: %s", work.name, error.message)
+        outbox = _Outbox(self.sequencer, work.record.topic)
+        failure = results.from_exception(error, work.kmsg.uuid)
         with context.within(context.Scope(outbox)):
-            return self._outcome("failed", consequences(results.from_exception(error, uuid)), outbox).records
+            records = self._outcome("failed", consequences(failure), outbox).records
+        self._keep(records, work.record, work.kmsg, failure, work.attempt)
+        return records
 
     def _reject(self, record: Record, result: Result, kmsg: Message | None) -> Outcome:
         where = f"{record.topic}/{record.partition}/{record.offset}"
@@ -331,7 +416,9 @@ class Runner:
             result=result,
             note=f"record {where}",
         )
-        return Outcome("rejected", self._records([], [event]))
+        outcome = Outcome("rejected", self._records([], [event]))
+        self._keep(outcome.records, record, kmsg, result)
+        return outcome
 
     def _outcome(self, kind: str, consequences: Consequences, outbox: _Outbox) -> Outcome:
         return Outcome(
@@ -348,10 +435,3 @@ class Runner:
                 value = event.to_bytes(self.worker)
                 records.append(OutRecord(self._events_topic, key_bytes(event.key), value, self._headers))
         return records
-
-
-def _attempt(header: bytes | None) -> int:
-    try:
-        return max(int(header or b"1"), 1)
-    except ValueError:
-        return 1

@@ -22,7 +22,7 @@ from kser.worker.pool import IsolatedPool
 from kser.worker.runner import Runner
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.slots import take_slot
-from kser.worker.topic_plan import WORKER_FEATURES
+from kser.worker.topic_plan import WORKER_FEATURES, Feature
 from kser.worker.topics import ensure_group_topics
 
 __all__ = ["Delivery", "LostOffset", "Worker"]
@@ -68,6 +68,8 @@ class Worker:
             "earliest" or "latest" message there is.
         create_topics: make the group's topics when they are missing; else refuse to start.
         events: False to emit no events.
+        wait_s: seconds that a message which this worker cannot run waits for one that can before it fails, while a new
+            release is rolled out. It is looked at again every 10 s.
         location: MODULE_OR_FILE:REGISTRY where child processes find the registry; default: where it is found here.
         health_port: port for /healthz and /readyz; None: none.
         health_host: address that port listens on; "0.0.0.0" for probes from outside, as in Kubernetes.
@@ -98,6 +100,7 @@ class Worker:
         on_lost_offset: LostOffset = "stop",
         create_topics: bool = True,
         events: bool = True,
+        wait_s: float = 900,
         location: str | None = None,
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
@@ -115,7 +118,7 @@ class Worker:
         _one_of("on_lost_offset", on_lost_offset, get_args(LostOffset))
         _at_least(1, concurrency=concurrency, coroutines=coroutines, isolated=isolated, max_in_flight=max_in_flight)
         _at_least(1, max_poll_records=max_poll_records, max_bytes=max_bytes)
-        _at_least(0, drain_s=drain_s, max_abandoned=max_abandoned)
+        _at_least(0, drain_s=drain_s, max_abandoned=max_abandoned, wait_s=wait_s)
         _at_least(1, settle_limit_s=settle_limit_s)
         self.controller = registry.controller if isinstance(registry, OperationRegistry) else registry
         self.topics = list(topics)
@@ -137,6 +140,7 @@ class Worker:
         self.on_lost_offset: LostOffset = on_lost_offset
         self.create_topics = create_topics
         self.events = events
+        self.wait_s = wait_s
         self.health_port = health_port
         self.health_host = health_host
         self._location = location
@@ -176,14 +180,22 @@ class Worker:
             self.group,
             self.topics,
             create=self.create_topics,
-            features=WORKER_FEATURES if self.events else frozenset(),
+            features=WORKER_FEATURES if self.events else WORKER_FEATURES - {Feature.EVENTS},
             servers=self._config.get("bootstrap.servers"),
         )
         limit = max_message_bytes()
         with take_slot(self.group, self.name if self._static else None) as slot:
             self.name, self.delivery = slot.id, delivery
-            runner = Runner(self.controller, self.group, self.name, limit, events=self.events)
-            pool = self._pool(limit)
+            settings: dict[str, Any] = {
+                "group": self.group,
+                "worker": self.name,
+                "limit": limit,
+                "events": self.events,
+                "dead_letters": True,
+                "wait_s": self.wait_s,
+            }
+            runner = Runner(self.controller, **settings)
+            pool = self._pool(settings)
             health = None
             try:
                 self._loop = Loop(self, transport, runner, delivery, pool, static=self._static)
@@ -229,17 +241,15 @@ class Worker:
             )
         return self.delivery or ("at_least_once" if embedded else "exactly_once")
 
-    def _pool(self, limit: int) -> IsolatedPool | None:
-        if not any(cls.isolate for cls in self.controller.ENTRYPOINTS.values()):
-            return None
-        return IsolatedPool(
-            self._location or loading.location_of(self._registry),
-            self.isolated,
-            group=self.group,
-            worker=self.name,
-            limit=limit,
-            events=self.events,
-        )
+    def _pool(self, settings: Mapping[str, Any]) -> IsolatedPool | None:
+        """The children for isolated tasks, and for those that may have crashed a worker."""
+        try:
+            location = self._location or loading.location_of(self._registry)
+            return IsolatedPool(location, self.isolated, settings=settings)
+        except ConfigurationError:
+            if any(cls.isolate for cls in self.controller.ENTRYPOINTS.values()):
+                raise
+            return None  # what may have crashed a worker then runs in this process, one at a time
 
 
 @contextmanager

@@ -27,11 +27,13 @@ from kser.producer import BaseProducer
 from kser.transport import Record, TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker.pool import IsolatedPool, location_of
-from kser.worker.runner import ATTEMPT_HEADER, GROUP_HEADER, Runner
+from kser import headers
+from kser.worker.runner import Runner
 from tests.apps import isolated
 from tests.processes import environment, wait_for, worker
 
 LOCATION = "tests.apps.isolated:registry"
+RUNNER = {"group": "g", "worker": "w", "limit": 10_000_000}
 
 
 def record(entrypoint: str, headers=(), offset: int = 5, **params) -> Record:
@@ -40,7 +42,7 @@ def record(entrypoint: str, headers=(), offset: int = 5, **params) -> Record:
 
 
 def pool_of(location: str = LOCATION, size: int = 2, **settings) -> IsolatedPool:
-    return IsolatedPool(location, size, group="g", worker="w", limit=10_000_000, events=True, **settings)
+    return IsolatedPool(location, size, settings=RUNNER, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ class Switch:
         (("iso.Crash", {}), []),  # KeyError: failed
         (("iso.Sender", {"b": 2}), []),
         (("iso.Chain", {}), []),
-        (("iso.Noop", {}), [(GROUP_HEADER, b"another")]),
+        (("iso.Noop", {}), [(headers.GROUP, b"another")]),
     ],
     ids=["done", "failed", "sends", "operation", "foreign"],
 )
@@ -135,7 +137,7 @@ def test_children_are_kept_and_used_again(pool):
 
 
 def test_the_task_knows_which_try_it_is(pool):
-    outcome = pool.run(record("iso.Noop", [(ATTEMPT_HEADER, b"3")]), 20, never)
+    outcome = pool.run(record("iso.Noop", [(headers.ATTEMPT, b"3")]), 20, never)
     assert result(outcome).retval["attempt"] == 3
 
 
@@ -397,7 +399,7 @@ SCRIPT = """
     def work():
         value = json.dumps({"uuid": str(uuid.uuid4()), "entrypoint": Asks.path}).encode()
         taken = Record("work", 0, 5, None, value, [], 0)
-        with IsolatedPool(location_of(registry), 1, group="g", worker="w", limit=10**6, events=True) as pool:
+        with IsolatedPool(location_of(registry), 1, settings={"group": "g"}) as pool:
             print(pool.run(taken, 20, lambda: None).records[0].value.decode())
 """
 

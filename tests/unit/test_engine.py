@@ -479,7 +479,7 @@ def test_the_metadata_names_the_batch_that_was_settled(registry, transport, star
     start(name="w7")
     wait_for(lambda: committed(transport) == 1)
     stored = [p for p in transport.positions(GROUP) if p.offset > 0]
-    assert decode(stored[0].offset, stored[0].metadata)[0].startswith("w7.")
+    assert decode(stored[0].offset, stored[0].metadata).settle_id.startswith("w7.")
 
 
 class Wrapped:

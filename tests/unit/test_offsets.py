@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kser.errors import ConfigurationError, ValidationError
 from kser.transport import Partition, Position
-from kser.worker.offsets import METADATA_BYTES, PartitionState, decode, encode
+from kser.worker.offsets import METADATA_BYTES, Committed, Parked, PartitionState, decode, encode
 
 OF = Partition("work", 0)
 
@@ -24,15 +24,15 @@ def test_metadata_is_read_as_it_was_written(base, gaps, beyond):
     end = offset + 1 + beyond
     text = encode("w.1.2", base, end, unfinished)
     assert len(text.encode()) <= METADATA_BYTES
-    assert decode(base, text) == ("w.1.2", end, unfinished)
+    assert decode(base, text) == Committed("w.1.2", end, unfinished, {}, [])
 
 
 @pytest.mark.parametrize(
     "text", ["", "some other program's", "k1;", "k1;id", "k1;id;x,y", "k1;id;z!!", "k1;id;", "kx;a;1"]
 )
 def test_what_another_program_stored_means_nothing(text):
-    _, end, unfinished = decode(7, text)
-    assert (end, unfinished) == (7, [])
+    _, end, unfinished, *_ = decode(7, text)
+    assert (end, list(unfinished)) == (7, [])
 
 
 def test_metadata_of_a_newer_release_is_refused():

@@ -214,7 +214,7 @@ def test_a_guard_does_nothing_but_in_a_child_that_loads():
 
 
 def pool(**settings):
-    arguments = {"location": "shop:registry", "size": 1, "group": "g", "worker": "w", "limit": 1000, "events": True}
+    arguments = {"location": "shop:registry", "size": 1, "settings": {"group": "g", "worker": "w", "limit": 1000}}
     return IsolatedPool(**arguments | settings)
 
 

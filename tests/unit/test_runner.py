@@ -13,7 +13,8 @@ from kser.context import current_delivery, derive_uuid
 from kser.errors import InternalError
 from kser.events import Event, EventType
 from kser.sequencing.itinerary import METADATA_KEY
-from kser.worker.runner import GROUP_HEADER, Runner
+from kser import headers
+from kser.worker.runner import Runner
 from tests.unit.fakes import Group, raw, record
 
 U = "872c3be0-51ac-457f-a4d9-12c2f7667b80"
@@ -73,7 +74,7 @@ def test_a_lone_task_is_run_and_told(runner, registry):
     (out,) = outcome.records
     (event,) = events(outcome)
     assert outcome.kind == "done"
-    assert (out.topic, out.key, dict(out.headers)) == ("g.events", U.encode(), {GROUP_HEADER: b"g"})
+    assert (out.topic, out.key, dict(out.headers)) == ("g.events", U.encode(), {headers.GROUP: b"g"})
     assert (event.type, event.uuid, event.entrypoint, event.status) == (EventType.STEP_DONE, U, Echo.path, "SUCCESS")
     assert (event.operation, event.parent, event.worker, event.ends) == (None, None, "w1", True)
     assert (event.result.stdout, event.result.retval) == ("ok", {"a": 1})
@@ -185,9 +186,9 @@ def test_no_events_are_emitted_when_they_are_switched_off(registry, note):
 @pytest.mark.parametrize(
     ("headers", "kind"),
     [
-        ([(GROUP_HEADER, b"other")], "foreign"),
-        ([(GROUP_HEADER, b"g"), (GROUP_HEADER, b"other")], "foreign"),  # the last one counts
-        ([(GROUP_HEADER, b"g")], "done"),
+        ([(headers.GROUP, b"other")], "foreign"),
+        ([(headers.GROUP, b"g"), (headers.GROUP, b"other")], "foreign"),  # the last one counts
+        ([(headers.GROUP, b"g")], "done"),
         ([], "done"),  # services write no such header
         ([("trace", b"x")], "done"),
     ],
@@ -307,7 +308,7 @@ def test_what_a_task_sends_joins_its_consequences(runner, registry, note):
     assert [out.topic for out in sent] == ["work", "other", "work"]
     assert uuids[:2] == [derive_uuid(U, 0), derive_uuid(U, 1)]
     assert [out.key for out in sent[:2]] == [uuids[0].encode(), b"k"]
-    assert [dict(out.headers) for out in sent] == [{GROUP_HEADER: b"g"}] * 3
+    assert [dict(out.headers) for out in sent] == [{headers.GROUP: b"g"}] * 3
     assert Message.loads(sent[0].value).params == {"n": 1}
     assert registry.producer.messages == []  # the service's producer is not used inside a worker
     assert current_delivery() is None

@@ -91,7 +91,7 @@ def committed(transport):
     """How many records are finished by what the group has committed."""
     done = 0
     for position in transport.source(GROUP).committed([Partition(TOPIC, n) for n in range(2)]):
-        _, end, unfinished = decode(position.offset, position.metadata)
+        _, end, unfinished, *_ = decode(position.offset, position.metadata)
         there = [r.offset for r in transport.records(TOPIC) if r.partition == position.partition]
         done += sum(1 for offset in there if offset < end and offset not in unfinished)
     return done

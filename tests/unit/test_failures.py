@@ -1,0 +1,481 @@
+"""What becomes of tasks that fail, on the memory transport: attempts, parking, tiers, waiting, dead letters, crashes."""
+
+import threading
+import time
+
+import pytest
+
+from kser import Operation, OperationRegistry, Result, Retry, Task, headers
+from kser.events import EventType, read
+from kser.producer import BaseProducer
+from kser.transport import OutRecord, Partition, Position, TopicSpec
+from kser.transport.memory import MemoryTransport
+from kser.worker.offsets import SUSPECT_AFTER, Parked, PartitionState, decode, encode
+from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
+
+QUICK = Retry(attempts=3, backoff_s=0.05, jitter=0)
+
+
+@pytest.fixture
+def transport():
+    made = MemoryTransport()
+    made.admin().create([TopicSpec(name=TOPIC, partitions=2)])
+    return made
+
+
+@pytest.fixture
+def registry(transport):
+    return OperationRegistry(producer=BaseProducer(transport.sink()), topic=TOPIC)
+
+
+@pytest.fixture(params=["exactly_once", "at_least_once"])
+def start(registry, transport, request):
+    running = []
+
+    def go(**options):
+        running.append(Running(registry, transport, **{"delivery": request.param, **options}))
+        return running[-1]
+
+    yield go
+    for one in running:
+        if one.thread.is_alive():
+            one.worker.stop()
+            one.stop()
+
+
+def events(transport, kind):
+    return [e for e in read(transport.records(f"{GROUP}.events")) if e.type == kind]
+
+
+def dead(transport):
+    return transport.records(f"{GROUP}.dlq")
+
+
+# -- attempts ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_fails_is_tried_again_and_its_operation_goes_on_after_it(registry, transport, start):
+    attempts, hooks = [], []
+
+    @registry.subscribe
+    class Flaky(Task):
+        retry = QUICK
+
+        def run(self):
+            attempts.append(self.attempt)
+            if self.attempt < 3:
+                raise ConnectionError("away")
+            return Result(retval={"found": 1})
+
+        def onerror(self, result):
+            hooks.append(result)
+
+    @registry.subscribe
+    class After(Task):
+        def run(self):
+            attempts.append("after")
+
+    @registry.subscribe
+    class Both(Operation):
+        def build_tasks(self, **params):
+            return [Flaky(), After()]
+
+    both = Both().build()
+    both.launch()
+    start()
+    wait_for(lambda: view(transport, both.uuid).ended)
+    assert view(transport, both.uuid).status == "SUCCESS"
+    assert attempts == [1, 2, 3, "after"]
+    assert not hooks
+    told = events(transport, EventType.STEP_RETRYING)
+    assert [(e.attempt, e.status, e.operation) for e in told] == [(1, "PENDING", both.uuid), (2, "PENDING", both.uuid)]
+    assert "ConnectionError" in str(told[0].result.retval)
+    assert not dead(transport)
+
+
+def test_after_the_last_attempt_it_fails_as_any_other_and_its_message_is_kept(registry, transport, start):
+    hooks = []
+
+    @registry.subscribe
+    class Broken(Task):
+        retry = QUICK
+
+        def run(self):
+            raise ValueError("always")
+
+        def onerror(self, result):
+            hooks.append(self.attempt)
+
+    @registry.subscribe
+    class One(Operation):
+        def build_tasks(self, **params):
+            return [Broken(params={"x": 1})]
+
+    one = One().build()
+    one.launch()
+    start()
+    wait_for(lambda: view(transport, one.uuid).ended)
+    assert view(transport, one.uuid).status == "FAILED"
+    assert hooks == [3]
+    assert len(events(transport, EventType.STEP_RETRYING)) == 2
+    (letter,) = dead(transport)
+    (sent,) = transport.records(TOPIC)
+    assert (letter.key, letter.value) == (sent.key, sent.value)
+    assert headers.number(letter.headers, headers.ATTEMPT) == 3
+    assert "always" in headers.text(letter.headers, headers.ERROR)
+
+
+def test_a_failure_that_the_policy_does_not_name_is_final_at_once(registry, transport, start):
+    runs = []
+
+    @registry.subscribe(retry=Retry(attempts=5, backoff_s=0.01, give_up_on=[KeyError]))
+    class Picky(Task):
+        def run(self):
+            runs.append(1)
+            raise KeyError("never")
+
+    task = Picky()
+    task.send()
+    start()
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert len(runs) == 1
+    assert len(dead(transport)) == 1
+
+
+def test_a_task_that_returns_a_failed_result_is_tried_again_too(registry, transport, start):
+    @registry.task(retry=QUICK)
+    def refused():
+        return Result(retcode=7, stderr="not now")
+
+    task = refused()
+    task.send()
+    start()
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert [e.result.retcode for e in events(transport, EventType.STEP_RETRYING)] == [7, 7]
+    assert view(transport, task.uuid).result.retcode == 7
+
+
+def test_coroutines_and_hooks_that_fail_are_tried_again(registry, transport, start):
+    seen = []
+
+    @registry.subscribe
+    class Slow(Task):
+        retry = QUICK
+
+        async def run(self):
+            seen.append(self.attempt)
+            if self.attempt == 1:
+                raise TimeoutError
+
+        def onsuccess(self, result):
+            if self.attempt == 2:
+                raise ValueError("a hook")
+
+    task = Slow()
+    task.send()
+    start()
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert (seen, view(transport, task.uuid).status) == ([1, 2, 3], "SUCCESS")
+
+
+def test_what_an_attempt_sent_does_not_leave_when_it_failed(registry, transport, start):
+    @registry.task
+    def told():
+        pass
+
+    @registry.subscribe
+    class Sends(Task):
+        retry = QUICK
+
+        def run(self):
+            told(params={}).send()
+            if self.attempt == 1:
+                raise ValueError("no")
+
+    Sends().send()
+    start()
+    wait_for(lambda: len(transport.records(TOPIC)) == 2)
+    wait_for(lambda: committed(transport) == 2)
+    assert len(events(transport, EventType.STEP_DONE)) == 2
+
+
+# -- parking -----------------------------------------------------------------------------------------------------------
+
+
+def test_those_of_the_same_key_wait_for_its_next_attempt_and_those_of_others_do_not(registry, transport, start):
+    ran = []
+
+    @registry.subscribe
+    class Step(Task):
+        retry = Retry(attempts=2, backoff_s=0.5, jitter=0)
+
+        def run(self):
+            ran.append((self.params["key"], self.params["n"], self.attempt))
+            if self.params["key"] == "bad" and self.params["n"] == 0 and self.attempt == 1:
+                raise ValueError("once")
+
+    for n in range(5):
+        for key in ("bad", "good"):
+            Step(params={"key": key, "n": n}).send(key=key)
+    start()
+    wait_for(lambda: committed(transport) == 10)
+    assert [r[1:] for r in ran if r[0] == "bad"] == [(0, 1), (0, 2), (1, 1), (2, 1), (3, 1), (4, 1)]
+    assert [r for r in ran if r[0] == "good"] == [("good", n, 1) for n in range(5)]
+    assert ran.index(("good", 4, 1)) < ran.index(("bad", 0, 2))
+
+
+def test_attempt_and_due_time_survive_the_worker(registry, transport, start):
+    """It is killed while a record waits: the next one neither starts the policy anew nor runs it early."""
+    ran, began = [], time.monotonic()
+
+    @registry.subscribe
+    class Flaky(Task):
+        retry = Retry(attempts=3, backoff_s=1, factor=1, jitter=0)
+
+        def run(self):
+            ran.append((self.attempt, time.monotonic() - began))
+            raise ValueError("no")
+
+    task = Flaky()
+    task.send()
+    first = start()
+    wait_for(lambda: events(transport, EventType.STEP_RETRYING))
+    wait_for(lambda: any(decode(p.offset, p.metadata).parked for p in stored(transport)))
+    first.worker.stop()
+    first.stop()
+    start()
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert [attempt for attempt, _ in ran] == [1, 2, 3]
+    assert ran[1][1] - ran[0][1] >= 0.9
+    assert len(dead(transport)) == 1
+
+
+def stored(transport):
+    return [p for p in transport.source(GROUP).committed([Partition(TOPIC, n) for n in range(2)]) if p.offset >= 0]
+
+
+def test_a_worker_that_stops_does_not_wait_for_what_is_parked(registry, transport, start):
+    @registry.subscribe
+    class Flaky(Task):
+        retry = Retry(attempts=3, backoff_s=20, jitter=0)
+
+        def run(self):
+            raise ValueError("no")
+
+    Flaky().send()
+    one = start()
+    wait_for(lambda: events(transport, EventType.STEP_RETRYING))
+    began = time.monotonic()
+    one.worker.stop()
+    one.stop()
+    assert time.monotonic() - began < 3
+
+
+def test_more_than_the_budget_of_parked_keys_goes_to_a_tier_unless_the_order_is_strict(
+    registry, transport, start, monkeypatch
+):
+    monkeypatch.setattr("kser.worker.loop.KEYS", 2)
+
+    @registry.subscribe
+    class Flaky(Task):
+        retry = Retry(attempts=2, backoff_s=20, jitter=0)
+
+        def run(self):
+            raise ValueError("no")
+
+    @registry.subscribe
+    class Strict(Flaky):
+        order = "strict"
+
+    sink = transport.sink()
+    for cls, count in ((Flaky, 6), (Strict, 4)):
+        for n in range(count):
+            raw = cls().to_Message().to_bytes()
+            sink.produce(OutRecord(TOPIC, b"%s %d" % (cls.__name__.encode(), n), raw, partition=0))
+    start()
+    wait_for(lambda: len(events(transport, EventType.STEP_RETRYING)) == 10)
+    tier = transport.records(f"{GROUP}.retry.10s")
+    assert all(b"Flaky" in record.key for record in tier)
+    assert 4 <= len(tier) <= 6  # strict ones count as well, but stay
+
+    def parked():
+        (position,) = [p for p in stored(transport) if p.partition == 0]
+        return decode(position.offset, position.metadata).parked
+
+    wait_for(lambda: len(parked()) == 10 - len(tier))
+
+
+def test_a_long_delay_is_spent_in_a_tier_with_attempt_and_origin(registry, transport, start):
+    @registry.subscribe
+    class Flaky(Task):
+        retry = Retry(attempts=2, backoff_s=90, jitter=0)
+
+        def run(self):
+            raise ValueError("no")
+
+    task = Flaky()
+    task.send(key="k")
+    start()
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1m"))
+    (record,) = transport.records(f"{GROUP}.retry.1m")
+    (sent,) = transport.records(TOPIC)
+    assert (record.key, record.value) == (b"k", sent.value)
+    assert headers.number(record.headers, headers.ATTEMPT) == 2
+    assert headers.text(record.headers, headers.ORIGIN_TOPIC) == TOPIC
+    assert headers.number(record.headers, headers.REMAINING) == 30_000
+    wait_for(lambda: committed(transport) == 1)
+
+
+# -- not yet -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_message_that_is_not_due_waits(registry, transport, start):
+    ran = []
+
+    @registry.subscribe
+    class Later(Task):
+        def run(self):
+            ran.append(time.time())
+
+    due = time.time() + 0.6
+    sink = transport.sink()
+    sink.produce(
+        OutRecord(TOPIC, b"k", Later().to_Message().to_bytes(), ((headers.NOT_BEFORE, b"%d" % int(due * 1000)),))
+    )
+    hour = b"%d" % int((time.time() + 3660) * 1000)
+    sink.produce(OutRecord(TOPIC, b"h", Later().to_Message().to_bytes(), ((headers.NOT_BEFORE, hour),)))
+    start()
+    wait_for(lambda: ran)
+    assert -0.01 < ran[0] - due < 0.5
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1h"))
+    assert len(ran) == 1
+
+
+# -- nobody can run it -------------------------------------------------------------------------------------------------
+
+
+def test_a_message_that_no_worker_here_can_run_waits_for_a_deploy_with_the_reason(registry, transport, start):
+    sink = transport.sink()
+    message = b'{"uuid": "u1", "entrypoint": "shop.New", "params": {}}'
+    sink.produce(OutRecord(TOPIC, b"k", message))
+    start()
+    wait_for(lambda: transport.records(f"{GROUP}.retry.10s"))
+    (record,) = transport.records(f"{GROUP}.retry.10s")
+    assert record.value == message
+    assert abs(headers.number(record.headers, headers.WAITING) - time.time() * 1000) < 10_000
+    assert "shop.New" in headers.text(record.headers, headers.REASON)
+    wait_for(lambda: events(transport, EventType.MESSAGE_WAITING))
+    (told,) = events(transport, EventType.MESSAGE_WAITING)
+    assert (told.uuid, told.status) == ("u1", "PENDING")
+    assert "shop.New" in told.note
+    assert not dead(transport)
+
+
+def test_when_it_has_waited_for_so_long_it_fails(registry, transport, start):
+    since = b"%d" % int((time.time() - 901) * 1000)
+    message = b'{"uuid": "u1", "entrypoint": "shop.New", "params": {}}'
+    transport.sink().produce(OutRecord(TOPIC, b"k", message, ((headers.WAITING, since),)))
+    start()
+    wait_for(lambda: dead(transport))
+    assert view(transport, "u1").status == "FAILED"
+    assert dead(transport)[0].value == message
+
+
+def test_an_itinerary_of_a_newer_release_waits_too(registry, transport, start):
+    message = b'{"uuid": "u1", "entrypoint": "shop.New", "params": {}, "metadata": {"kser": {"v": 99, "ops": []}}}'
+    transport.sink().produce(OutRecord(TOPIC, b"k", message))
+    start()
+    wait_for(lambda: transport.records(f"{GROUP}.retry.10s"))
+    assert "version 99" in headers.text(transport.records(f"{GROUP}.retry.10s")[0].headers, headers.REASON)
+
+
+def test_what_is_no_message_is_kept_as_it_came(registry, transport, start):
+    transport.sink().produce(OutRecord(TOPIC, b"k", b"\xff no message", (("h", b"v"),)))
+    start()
+    wait_for(lambda: dead(transport))
+    assert dead(transport)[0].value == b"\xff no message"
+    assert ("h", b"v") in dead(transport)[0].headers
+
+
+# -- crashes -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_partition_is_open_while_it_is_worked_on_and_closed_when_it_is_let_go_of(registry, transport, start):
+    go, inside = threading.Event(), threading.Event()
+
+    @registry.subscribe
+    class Waits(Task):
+        def run(self):
+            inside.set()
+            go.wait(10)
+
+    Waits().send()
+    one = start()
+    wait_for(inside.is_set)
+    assert [decode(p.offset, p.metadata).open for p in stored(transport)] == [True]
+    go.set()
+    wait_for(lambda: committed(transport) == 1)
+    assert [decode(p.offset, p.metadata).open for p in stored(transport)] == [True]
+    one.worker.stop()
+    one.stop()
+    assert [decode(p.offset, p.metadata).open for p in stored(transport)] == [False]
+
+
+def test_each_crash_counts_for_what_may_have_been_running_and_not_for_what_came_later():
+    of = Partition("t", 0)
+    position, counts = Position("t", 0, 100, encode("i", 100, 100, (), open_=True)), []
+    for end in (110, 120, 130):
+        state = PartitionState(of, position)
+        assert state.was_open
+        state.crashed(end)
+        counts.append([state.crashes_of(offset) for offset in (100, 109, 110, 119, 120, 129, 130)])
+        state.marked = True
+        position = state.commit_point("i")
+    assert counts == [[1, 1, 0, 0, 0, 0, 0], [2, 2, 1, 1, 0, 0, 0], [3, 3, 2, 2, 1, 1, 0]]
+    assert counts[-1][0] == SUSPECT_AFTER
+
+
+def test_what_was_running_at_three_crashes_runs_apart_and_what_is_finished_is_forgotten(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def step(n: int):
+        ran.append((n, threading.current_thread().name))
+
+    for n in range(3):
+        raw = step(params={"n": n}).to_Message().to_bytes()
+        transport.sink().produce(OutRecord(TOPIC, b"%d" % n, raw, partition=0))
+    source = transport.source(GROUP)
+    metadata = encode("i", 0, 0, (), None, [(2, 2), (3, 1)], open_=True)
+    join(source)
+    source.commit([Position(TOPIC, 0, 0, metadata)])
+    source.close()
+    one = start()
+    wait_for(lambda: committed(transport) == 3)
+    assert sorted(n for n, _ in ran) == [0, 1, 2]
+    assert one.worker.stats["suspects"] == 2
+    assert one.worker.stats["crashes found"] == 1
+    one.worker.stop()
+    one.stop()
+    (position,) = stored(transport)
+    assert decode(position.offset, position.metadata).crashes == []
+
+
+def join(source):
+    class Nothing:
+        def on_assign(self, partitions):
+            return None
+
+        def on_revoke(self, partitions):
+            pass
+
+        on_lost = on_revoke
+
+    source.subscribe([TOPIC], Nothing())
+    wait_for(lambda: source.poll(0.01) is not None and source.assignment())
+
+
+def test_parked_records_and_crashes_are_read_as_they_were_written():
+    parked = {7: Parked(3, 1_900_000_000_100), 4096: Parked(12, 5_000)}
+    found = decode(5, encode("i", 5, 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], open_=True))
+    assert found == ("i", 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], True)
