@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from kser.entry import Entrypoint
+    from kser.headers import Headers
     from kser.results import Result
     from kser.schemas import Message
 
@@ -35,7 +36,7 @@ __all__ = [
 class Delivery(Protocol):
     """Takes what a task sends while a worker runs it: it leaves when the task is settled, and not if it failed."""
 
-    def send(self, kmsg: "Message", topic: str | None, key: str | None) -> "Result":
+    def send(self, kmsg: "Message", topic: str | None, key: str | None, headers: "Headers" = ()) -> "Result":
         """Keep one message. Topic None: the one the running message came from. retcode 202, or a failed Result."""
 
     def drop(self) -> None:

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any, ClassVar, Self
 
 from kser import results
@@ -13,7 +14,7 @@ from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
 from kser.sequencing.plain_launch import send_first
-from kser.sequencing.task import ORIGINALS, Home, Task, found
+from kser.sequencing.task import ORIGINALS, Home, Task, found, not_before
 from kser.status import Status
 
 __all__ = ["Operation", "name_failed_task"]
@@ -361,15 +362,18 @@ class Operation(Task):
             return task._transmit(result, own, task.key or self.key or self.uuid, _TIMEOUT_S)
         return task.send(result=result)  # overridden: whoever wrote it decides how a task is sent
 
-    def send(self) -> Self:  # type: ignore[override]  # the published interface: the operation itself, for chaining
+    # The published interface: it gives the operation itself, for chaining.
+    def send(self, *, delay: float | None = None, at: datetime | None = None) -> Self:  # type: ignore[override]
         """Send the operation itself; the worker that takes its message builds it, unless it has tasks, and starts it.
 
-        The delivery's Result is in ``result`` afterwards. Raises ConfigurationError when there is no producer or topic.
+        The delivery's Result is in ``result`` afterwards. ``delay`` and ``at`` are those of Task.send(). Raises
+        ConfigurationError when there is no producer or topic, ValidationError for a time that cannot be.
         """
+        headers = not_before(delay, at)
         if (self.tasks or self.key) and METADATA_KEY not in self.metadata:
             itinerary = Itinerary(children=self.carried(self.home_topic()), key=self.key)
             self.metadata = {**self.metadata, METADATA_KEY: itinerary.dump()}
-        self.result = self._transmit(None, None, None, _TIMEOUT_S)
+        self.result = self._transmit(None, None, None, _TIMEOUT_S, headers)
         return self
 
     @property

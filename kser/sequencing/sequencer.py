@@ -12,6 +12,7 @@ from kser import context, results
 from kser.controller import Controller
 from kser.errors import MessageTooLargeError, ValidationError
 from kser.events import Event, EventType
+from kser.headers import Headers
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, End, Entry, Frame, Itinerary
@@ -37,6 +38,8 @@ class Outgoing(NamedTuple):
     #: For the log.
     entrypoint: str
     uuid: str
+    #: Beside those that the worker gives to all it sends.
+    headers: Headers = ()
 
 
 @dataclass(slots=True)

@@ -2,12 +2,16 @@
 
 import inspect
 import logging
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, ClassVar, Protocol
 
 from kser import context, eventloop, results
 from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up, wire_name
-from kser.errors import ConfigurationError
+from kser.errors import ConfigurationError, ValidationError
+from kser.headers import NOT_BEFORE, Headers
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import Entry
@@ -24,6 +28,7 @@ __all__ = [
     "found",
     "function_task",
     "is_plain",
+    "not_before",
 ]
 
 logger = logging.getLogger(__name__)
@@ -32,7 +37,9 @@ logger = logging.getLogger(__name__)
 class MessageSender(Protocol):
     """What a task needs of a producer."""
 
-    def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
+    def send(
+        self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None, headers: Headers = ()
+    ) -> Result:
         """Send one message; the Result says whether the broker confirmed it."""
 
 
@@ -173,7 +180,14 @@ class Task(Entrypoint):
     # -- sending -----------------------------------------------------------------------------------------------------
 
     def send(
-        self, result: Result | None = None, *, topic: str | None = None, key: str | None = None, timeout: float = 60
+        self,
+        result: Result | None = None,
+        *,
+        topic: str | None = None,
+        key: str | None = None,
+        timeout: float = 60,
+        delay: float | None = None,
+        at: datetime | None = None,
     ) -> Result:
         """Send this task's message; the Result says whether the broker confirmed it.
 
@@ -185,17 +199,22 @@ class Task(Entrypoint):
             topic: where to; default the task's, its class's, its registry's.
             key: message key; default the task's, its operation's, its uuid.
             timeout: seconds to wait for the broker.
+            delay: seconds before it is run, by the clock of this machine. The broker has it at once, so it survives
+                whatever ends meanwhile; later messages of the same key may run before it.
+            at: when it is run, instead of ``delay``; a datetime with a time zone.
 
-        Raises ConfigurationError when there is no producer or no topic.
+        Raises ConfigurationError when there is no producer or no topic, ValidationError for a time that cannot be.
         """
-        return self._transmit(result, topic, key, timeout)
+        return self._transmit(result, topic, key, timeout, not_before(delay, at))
 
-    def _transmit(self, result: Result | None, topic: str | None, key: str | None, timeout: float) -> Result:
+    def _transmit(
+        self, result: Result | None, topic: str | None, key: str | None, timeout: float, headers: Headers = ()
+    ) -> Result:
         kmsg = self.to_Message(result)
         target = topic or self.home_topic()
         delivery = context.current_delivery()
         if delivery is not None:
-            return delivery.send(kmsg, target, key or self.key)
+            return delivery.send(kmsg, target, key or self.key, headers)
         home = self.home
         producer = home.producer if home is not None else None
         if home is None or producer is None:
@@ -210,7 +229,10 @@ class Task(Entrypoint):
                 "(topic = ...), or in OperationRegistry(topic=...)",
                 extra={"uuid": self.uuid, "entrypoint": self.path},
             )
-        return producer.send(target, kmsg.sent_as(home.transport), timeout, key=key or self.key)
+        kmsg = kmsg.sent_as(home.transport)
+        if headers:
+            return producer.send(target, kmsg, timeout, key=key or self.key, headers=headers)
+        return producer.send(target, kmsg, timeout, key=key or self.key)
 
     @property
     def home(self) -> Home | None:
@@ -265,6 +287,32 @@ class Task(Entrypoint):
 
     def __repr__(self) -> str:
         return f"Task [{self.path}](uuid={self.uuid},status={self.status}, params={self.params})"
+
+
+def not_before(delay: float | None, at: datetime | None) -> Headers:
+    """The header of a message that is to be run so many seconds from now, or at that time; none when that is now.
+
+    Raises ValidationError.
+    """
+    if delay is None and at is None:
+        return ()
+    now = time.time()
+    if delay is not None:
+        if at is not None:
+            raise ValidationError(f"delay={delay!r} and at={at!r}: give one of them")
+        if isinstance(delay, bool) or not isinstance(delay, (int, float)) or not 0 <= delay <= _LONGEST_DELAY_S:
+            raise ValidationError(f"delay={delay!r}: give seconds, from 0 to {_LONGEST_DELAY_S} (ten years)")
+        due = now + delay
+    else:
+        if not isinstance(at, datetime) or at.tzinfo is None:
+            raise ValidationError(f"at={at!r}: give a datetime with a time zone, as datetime.now(UTC) has one")
+        due = at.timestamp()
+        if due > now + _LONGEST_DELAY_S:
+            raise ValidationError(f"at={at!r}: that is more than ten years from now")
+    return ((NOT_BEFORE, b"%d" % math.ceil(due * 1000)),) if due > now else ()
+
+
+_LONGEST_DELAY_S = 315_360_000
 
 
 class Facts:

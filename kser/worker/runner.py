@@ -105,14 +105,15 @@ class _Outbox:
         self.itinerary = itinerary
         self.messages: list[Outgoing] = []
 
-    def send(self, kmsg: Message, topic: str | None, key: str | None) -> Result:
+    def send(self, kmsg: Message, topic: str | None, key: str | None, headers: headers.Headers = ()) -> Result:
         target = topic or self.topic
         if self.itinerary is not None and kmsg.metadata.get(METADATA_KEY) == self.itinerary:
             # Metadata handed on by hand, in postinit() say: a second message with this itinerary forks the sequence.
             metadata = {k: v for k, v in kmsg.metadata.items() if k != METADATA_KEY}
             kmsg = type(kmsg)(kmsg.uuid, kmsg.entrypoint, kmsg.params, kmsg.result, metadata)
         try:
-            self.messages.append(self.sequencer.outgoing(kmsg, target, key or message_key(kmsg)))
+            message = self.sequencer.outgoing(kmsg, target, key or message_key(kmsg))
+            self.messages.append(message._replace(headers=headers) if headers else message)
         except Error as exc:
             return results.from_exception(exc, kmsg.uuid)
         return Result(
@@ -428,8 +429,12 @@ class Runner:
         )
 
     def _records(self, messages: list[Outgoing], events: list[Event]) -> list[OutRecord]:
-        headers = self._headers
-        records = [OutRecord(m.topic, key_bytes(m.key), m.value, headers) for m in messages] if messages else []
+        own = self._headers
+        records = (
+            [OutRecord(m.topic, key_bytes(m.key), m.value, (*own, *m.headers) if m.headers else own) for m in messages]
+            if messages
+            else []
+        )
         if self._events_topic is not None:
             for event in events:
                 value = event.to_bytes(self.worker)

@@ -56,7 +56,7 @@ class Feature(StrEnum):
 
 
 #: What workers do today: they make and need these topics, and nothing that is wrong with another stops them.
-WORKER_FEATURES: Final = frozenset({Feature.EVENTS, Feature.DEAD_LETTERS, Feature.RETRIES})
+WORKER_FEATURES: Final = frozenset(Feature) - {Feature.TELEMETRY}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

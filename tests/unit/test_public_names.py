@@ -52,7 +52,7 @@ def test_the_public_names_are_these():
     assert kser.__all__ == [
         "ConfigurationError", "Controller", "DeliveryError", "Entrypoint", "EntrypointNotFoundError", "Error",
         "ItineraryError", "Message", "MessageTooLargeError", "NotFound", "Operation", "OperationRegistry", "Result",
-        "Status", "StatusError", "Task", "TransportError", "ValidationError", "Worker",
+        "Retry", "Status", "StatusError", "Task", "TransportError", "ValidationError", "Worker",
     ]  # fmt: skip
     for name in kser.__all__:
         assert getattr(kser, name).__name__ == name

@@ -344,7 +344,10 @@ def test_what_workers_do_not_use_is_never_an_error(kafka):
 
 def test_missing_topics_have_the_command_that_makes_them():
     found = check_topics(FakeKafka(), plan({"shop": 12, "mails": None}, replication=3, servers="k:9092"))
-    assert [f.topic for f in found if f.level == "error"] == ["shop", "mails", "g.events"]
+    assert [f.topic for f in found if f.level == "error"] == [
+        *("shop", "mails", "g.events", "g.control", "g.state.shop", "g.state.mails", "g.dlq"),
+        *(f"g.retry.{tier}" for tier in TIERS),
+    ]
     assert {f.finding for f in found} == {"does not exist"}
     [cure] = {f.cure for f in found}
     assert cure == "kser topics create --group g --topics shop:12,mails --replication 3 --bootstrap-servers k:9092"
@@ -353,7 +356,7 @@ def test_missing_topics_have_the_command_that_makes_them():
 def test_what_was_said_has_to_be_so(kafka):
     said = plan({"shop": 4}, replication=5)
     found = {f.topic: f for f in check_topics(kafka, said) if f.level == "error"}
-    assert set(found) == {"shop", "g.events"}
+    assert {"shop", "g.events"} < set(found)
     both = [f.finding for f in check_topics(kafka, said) if f.topic == "shop"]
     assert both == ["6 partitions, expected 4", "3 replicas, expected 5"]
     assert check_topics(kafka, plan({"shop": 6}, partitions=6, replication=1)) == []
@@ -418,12 +421,12 @@ def test_a_worker_makes_what_its_features_need_and_logs_it(caplog):
     kafka.have("shop", 12, 3, retention_ms="-1", min_insync_replicas="2")
     with caplog.at_level(logging.INFO, "kser.worker.topics"):
         ensure_group_topics(kafka, "g", ["shop"])
-    assert kafka.orders == [["g.events"]]
-    [line] = caplog.messages
+    made = ["g.events", "g.control", "g.state.shop", "g.dlq", *(f"g.retry.{tier}" for tier in TIERS)]
+    assert kafka.orders == [made]
+    line, *others = caplog.messages
+    assert len(others) == len(made) - 1
     assert line.startswith("Topic g.events created: 6 partitions, cleanup.policy=delete, retention.ms=2592000000")
-    ensure_group_topics(kafka, "g", ["shop"], features=frozenset({Feature.STATE, Feature.RETRIES}))
-    assert kafka.orders[1:] == [["g.state.shop", *(f"g.retry.{tier}" for tier in TIERS)]]
-    assert {kafka.topics[name].partitions for name in kafka.orders[1]} == {12}
+    assert {kafka.topics[name].partitions for name in made if name not in ("g.events", "g.control")} == {12}
     assert max(kafka.limits) <= 30  # one creation; a question 10
 
 
@@ -440,11 +443,12 @@ def test_a_worker_that_may_create_nothing_refuses_and_names_what_is_missing():
     with pytest.raises(ConfigurationError) as caught:
         ensure_group_topics(kafka, "g", ["shop"], create=False, servers="k:9092")
     assert caught.value.message == (
-        "Topics of group g are missing: g.events. Create them with: "
+        "Topics of group g are missing: g.events, g.control, g.state.shop, g.dlq, g.retry.10s, g.retry.1m, "
+        "g.retry.10m, g.retry.1h. Create them with: "
         "kser topics create --group g --topics shop --bootstrap-servers k:9092"
     )
     assert kafka.orders == []
-    [found] = caught.value.extra["findings"]
+    found, *_ = caught.value.extra["findings"]
     assert (found["topic"], found["level"]) == ("g.events", "error")
 
 
@@ -474,7 +478,7 @@ def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_one_answer_t
 def test_patterns_of_topics_are_passed_over():
     kafka = FakeKafka()
     ensure_group_topics(kafka, "g", ["^orders[.].*"])
-    assert kafka.orders == [["g.events"]]
+    assert kafka.orders == [["g.events", "g.control", "g.dlq", *(f"g.retry.{tier}" for tier in TIERS)]]
 
 
 def test_a_worker_refuses_what_loses_messages_and_says_all_of_it(kafka):
@@ -540,7 +544,7 @@ def test_what_another_worker_has_just_made_is_waited_for():
     kafka = FakeKafka(unseen=3)
     kafka.have("shop", retention_ms="-1", min_insync_replicas="2")
     ensure_group_topics(kafka, "g", ["shop"])
-    assert kafka.orders == [["g.events"]]
+    assert [order[0] for order in kafka.orders] == ["g.events"]
 
 
 # -- kser topics -----------------------------------------------------------------------------------------------------
@@ -627,15 +631,15 @@ def test_check_for_people_has_errors_first_and_tells_a_cure_once(run, kafka):
     assert [line.split()[:2] for line in lines] == [
         ["error", "g.events"],
         ["kafka-configs.sh", "--bootstrap-server"],
+        ["error", "g.control"],
+        ["error", "g.retry.1h"],
+        ["kser", "topics"],
         ["warning", "shop"],
         ["kafka-configs.sh", "--bootstrap-server"],
-        ["warning", "g.control"],
-        ["warning", "g.retry.1h"],
-        ["kser", "topics"],
         ["10", "topics:"],
     ]
-    assert lines[-1] == "10 topics: 1 error, 3 warnings"
-    assert lines[4].index("does not exist") == lines[5].index("does not exist")
+    assert lines[-1] == "10 topics: 3 errors, 1 warning"
+    assert lines[2].index("does not exist") == lines[3].index("does not exist")
 
 
 def test_check_says_when_all_is_well(run, kafka):
