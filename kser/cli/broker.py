@@ -1,6 +1,7 @@
 """``kser broker``: the embedded broker, in the foreground."""
 
 import threading
+from collections.abc import Mapping
 
 import click
 
@@ -47,9 +48,7 @@ def broker(topics: tuple[tuple[str, int | None], ...], group: str | None, output
     from kser.confluent.embedded import EmbeddedBroker  # here: its package loads the Kafka client
 
     tasks = {name: partitions or DEFAULT_PARTITIONS for name, partitions in topics}
-    # Beside the task topics what matches their partitions: here nobody else can make it.
-    plan = TopicPlan(group=group, tasks=tasks) if group else None
-    wanted = {spec.name: spec.partitions for spec in plan.specs({})} if plan else tasks
+    wanted = group_topics(group, tasks) if group else tasks
     ended = threading.Event()
     with stopping_on_signals(ended.set), EmbeddedBroker(wanted) as running:
         if output == "json":
@@ -71,3 +70,8 @@ def _introduce(address: str, tasks: dict[str, int], group: str | None) -> None:
         f"  export KSER_BOOTSTRAP_SERVERS={address}",
     ):
         click.echo(line)
+
+
+def group_topics(group: str, tasks: Mapping[str, int]) -> dict[str, int]:
+    """Task topics and those of a group that match them, name -> partitions: on this broker nobody else can make them."""
+    return {spec.name: spec.partitions for spec in TopicPlan(group=group, tasks=tasks).specs({})}

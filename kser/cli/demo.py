@@ -17,6 +17,7 @@ from typing import IO, Self
 import click
 
 import kser
+from kser.cli.broker import group_topics
 from kser.cli.demo_view import DemoView, JsonView
 from kser.cli.dice import DiceLaunch, DiceRoll, registry
 from kser.cli.errors import CommandFailed
@@ -77,7 +78,7 @@ def demo(operations: int, workers: int, output: str) -> None:
     view = _choose_view(output, operations, names)
     with (
         _terminable(),
-        EmbeddedBroker({TOPIC: PARTITIONS, events_topic(GROUP): PARTITIONS}) as broker,
+        EmbeddedBroker(group_topics(GROUP, {TOPIC: PARTITIONS})) as broker,
         _Crew(broker.bootstrap_servers, names) as crew,
     ):
         with view.playing(broker.bootstrap_servers):

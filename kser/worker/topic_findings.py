@@ -84,8 +84,12 @@ def _embedded(plan: TopicPlan, topic: PlannedTopic, there: Mapping[str, TopicInf
     known = later | dict(there)
     for level, finding, _ in _partitions(plan, topic, known[topic.name], known):
         numbers = finding.partition(":")[0]  # what follows is of topics that have to be kept
-        text = numbers if topic.name in there else f"does not exist yet, would get {numbers}"
-        yield level, text, plan.broker_command(known)
+        if topic.name in there:
+            yield level, numbers, plan.broker_command(known)
+        else:
+            if not topic.is_task:
+                level = "warning"  # maybe nothing ever uses it
+            yield level, f"does not exist yet, would get {numbers}", plan.broker_command(known)
 
 
 def _partitions(

@@ -100,6 +100,8 @@ def ensure_group_topics(
         findings = [found for found in findings if found.finding != MISSING or found.topic in tasks]
     if errors := [found for found in findings if found.level == "error"]:
         raise _refusal(plan, errors)
+    if embedded:  # what it has not made yet it may never make
+        findings = [found for found in findings if found.topic in there]
     for line in _lines(findings):
         logger.warning("%s", line)
 
