@@ -12,6 +12,7 @@ from typing import ClassVar
 from kser import results
 from kser.controller import BaseController
 from kser.errors import ConfigurationError, DeliveryError, Error, ValidationError
+from kser.headers import Headers
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import key_bytes, message_key
@@ -85,12 +86,17 @@ class _Batch:
         self.topics.append(topic)
         return index
 
-    def hand_over(self, topic: str, key: bytes, raw: bytes, uuid: str, entrypoint: str) -> Result:
+    def hand_over(
+        self, topic: str, key: bytes, raw: bytes, uuid: str, entrypoint: str, headers: Headers = ()
+    ) -> Result:
         """Hand one message to the sink; its Result, not yet final. Raises Error when it is refused."""
         result = Result(results.ACCEPTED, _HANDED_OVER, "", None, uuid)
         index = self.add(topic, uuid, entrypoint, result)
         try:
-            self.producer._produce(topic, key, raw, self.on_delivery, index)
+            if headers:
+                self.producer._sink.produce(OutRecord(topic, key, raw, headers), partial(self.on_delivery, index))
+            else:
+                self.producer._produce(topic, key, raw, self.on_delivery, index)
         except Error:
             for of_each in (self.results, self.uuids, self.entrypoints, self.topics):
                 of_each.pop()
@@ -205,7 +211,9 @@ class BaseProducer(BaseController):
         #: Batches under way, of all threads.
         self._opened: set[_Batch] = set()
 
-    def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
+    def send(
+        self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None, headers: Headers = ()
+    ) -> Result:
         """Send one message and wait until it is confirmed.
 
         Args:
@@ -213,6 +221,7 @@ class BaseProducer(BaseController):
             kmsg: the message.
             timeout: seconds to wait for the confirmation.
             key: record key; default the key of the message's operation, else its uuid.
+            headers: of the record.
 
         Returns: a Result with the message's uuid. retcode 0: the broker has it. retcode 202: inside ``with batch()``,
             settled in place at its end. Else it failed: 413 too large and not sent, 400 not JSON and not sent, 504 not
@@ -221,23 +230,25 @@ class BaseProducer(BaseController):
         """
         batch: _Batch | None = getattr(self._local, "batch", None)
         if batch is not None:
-            return self._post(batch, topic, kmsg, key)
+            return self._post(batch, topic, kmsg, key, headers)
         batch = _Batch(self)
         self._opened.add(batch)
         try:
-            result = self._post(batch, topic, kmsg, key, lone=True)
+            result = self._post(batch, topic, kmsg, key, headers, lone=True)
             self._await(batch, timeout)
         finally:
             self._opened.discard(batch)
         batch.settle()
         return result
 
-    def _post(self, batch: _Batch, topic: str, kmsg: Message, key: str | None, *, lone: bool = False) -> Result:
+    def _post(
+        self, batch: _Batch, topic: str, kmsg: Message, key: str | None, headers: Headers, *, lone: bool = False
+    ) -> Result:
         """Hand over one message; its Result, not yet final unless it was refused."""
         if not batch.plain or self._logger.isEnabledFor(logging.DEBUG):
             kmsg = self._onmessage(kmsg)
         try:
-            result = self._hand_over(batch, topic, kmsg, key)
+            result = self._hand_over(batch, topic, kmsg, key, headers)
         except Error as exc:
             return batch.refuse(kmsg, exc)
         if lone or not batch.plain or self._logger.isEnabledFor(logging.INFO):
@@ -337,11 +348,13 @@ class BaseProducer(BaseController):
             for hook in ("onmessage", "onsuccess", "onerror")
         )
 
-    def _hand_over(self, batch: _Batch, topic: str, kmsg: Message, key: str | None) -> Result:
+    def _hand_over(
+        self, batch: _Batch, topic: str, kmsg: Message, key: str | None, headers: Headers = ()
+    ) -> Result:
         if not topic or not isinstance(topic, str):
             raise ValidationError(f"No topic for message {kmsg.entrypoint}[{kmsg.uuid}]: name one")
         raw = encode(kmsg, self._limit)
-        return batch.hand_over(topic, key_bytes(key or message_key(kmsg)), raw, kmsg.uuid, kmsg.entrypoint)
+        return batch.hand_over(topic, key_bytes(key or message_key(kmsg)), raw, kmsg.uuid, kmsg.entrypoint, headers)
 
     def _await(self, batch: _Batch, timeout: float) -> None:
         """Serve callbacks until all of the batch are told; those that are not after ``timeout`` get a DeliveryError."""

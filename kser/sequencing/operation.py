@@ -1,6 +1,7 @@
 """Operation: a list of tasks executed one after the other."""
 
 import logging
+import uuid as uuids
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -10,6 +11,7 @@ from kser import results
 from kser.controller import Controller
 from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up, wire_name
 from kser.errors import StatusError, ValidationError
+from kser.headers import CLAIM, Headers
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
@@ -39,12 +41,21 @@ class Operation(Task):
         tasks: the tasks, when they are composed by hand.
         key: message key, for all tasks of this operation (a customer, an order); default its uuid. Messages of one key
             stay in order and in one partition; whole operations of one key do not wait for each other.
+        idempotency_key: what the operation is for, in the words of whoever starts it (an order's number). Of several
+            operations of this class with the same one, from whichever process, one is started and the others are
+            dropped by the worker that meets them; all have the same ``uuid``, which is made of it. For 30 days. They
+            have to have the same ``key``, topic and first task.
+
+    Raises ValidationError when both a ``uuid`` and an ``idempotency_key`` are given.
     """
 
     #: Classes whose REQUIRED_FIELDS the operation needs too.
     TASKS: ClassVar[Sequence[type[Entrypoint]]] = ()
 
     _logger: ClassVar[logging.Logger] = logger
+
+    #: What this operation is started for, once.
+    idempotency_key: str | None = None
 
     #: What launch() gave.
     _launched: Result | None = None
@@ -62,8 +73,12 @@ class Operation(Task):
         metadata: dict[str, Any] | None = None,
         tasks: Sequence[Task] | None = None,
         key: str | None = None,
+        idempotency_key: str | None = None,
     ) -> None:
         self.tasks: list[Task] = []
+        if idempotency_key is not None:
+            uuid = self._uuid_for(idempotency_key, uuid)
+            self.idempotency_key = idempotency_key
         if self._straight:
             if status != "PENDING":
                 self.status = Status.parse(status)
@@ -74,6 +89,17 @@ class Operation(Task):
             self.key = key
         if tasks:
             self._add_tasks(tasks)
+
+    @classmethod
+    def _uuid_for(cls, idempotency_key: str, uuid: str | None) -> str:
+        """The uuid of the operation of this class that is started with that key."""
+        if not isinstance(idempotency_key, str) or not idempotency_key:
+            raise ValidationError(f"idempotency_key={idempotency_key!r}: give a text that is not empty")
+        if uuid is not None:
+            raise ValidationError(
+                f"uuid={uuid!r} and idempotency_key={idempotency_key!r}: give one, the uuid is made of the key"
+            )
+        return str(uuids.uuid5(uuids.NAMESPACE_OID, f"{wire_name(cls)}:{idempotency_key}"))
 
     # -- building ----------------------------------------------------------------------------------------------------
 
@@ -359,7 +385,8 @@ class Operation(Task):
         )
         task.metadata = {**task.metadata, METADATA_KEY: itinerary.dump()}
         if type(task).send in _OWN_SENDS:
-            return task._transmit(result, own, task.key or self.key or self.uuid, _TIMEOUT_S)
+            headers = self._claim() if new else ()
+            return task._transmit(result, own, task.key or self.key or self.uuid, _TIMEOUT_S, headers)
         return task.send(result=result)  # overridden: whoever wrote it decides how a task is sent
 
     # The published interface: it gives the operation itself, for chaining.
@@ -373,8 +400,12 @@ class Operation(Task):
         if (self.tasks or self.key) and METADATA_KEY not in self.metadata:
             itinerary = Itinerary(children=self.carried(self.home_topic()), key=self.key)
             self.metadata = {**self.metadata, METADATA_KEY: itinerary.dump()}
-        self.result = self._transmit(None, None, None, _TIMEOUT_S, headers)
+        self.result = self._transmit(None, None, None, _TIMEOUT_S, (*headers, *self._claim()))
         return self
+
+    def _claim(self) -> Headers:
+        """With this header the first message of all operations of the same idempotency key is run, and no other."""
+        return ((CLAIM, f"start:{self.uuid}".encode()),) if self.idempotency_key else ()
 
     @property
     def home(self) -> Home | None:
@@ -430,7 +461,7 @@ ORIGINALS["launches"] = {
     name: found(Operation, name)
     for name in (
         *("__getattribute__", "launch_next", "_send_step", "frame", "home", "home_topic", "own_topic", "path"),
-        *("set_status", "_set_status"),
+        *("idempotency_key", "set_status", "_set_status"),
     )
 }
 EntrypointMeta.facts = {}

@@ -2,10 +2,6 @@ from kser import headers as h
 from kser.transport import OutRecord
 
 
-def dead_letters_topic(group):
-    return f"{group}.dlq"
-
-
 def dead_letter(record, topic, *, error, kmsg, attempt, group, worker, now_ms, max_bytes=900_000):
     return OutRecord(
         topic,

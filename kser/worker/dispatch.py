@@ -2,10 +2,13 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kser.transport import Record
 from kser.worker.offsets import PartitionState
+
+if TYPE_CHECKING:
+    from kser.worker.state import Claim
 
 __all__ = ["Dispatcher", "Item", "Ordering", "Unit"]
 
@@ -15,8 +18,21 @@ Ordering = Literal["key", "partition", "none"]
 class Item:
     """One record on its way through the worker. ``outcome`` is None until it was run, and when it never is."""
 
-    __slots__ = ("admitted", "control", "error", "last", "outcome", "place", "record", "rest", "state",
-                 "suspect", "turn", "work")  # fmt: skip
+    __slots__ = (
+        "admitted",
+        "claim",
+        "control",
+        "error",
+        "last",
+        "outcome",
+        "place",
+        "record",
+        "rest",
+        "state",
+        "suspect",
+        "turn",
+        "work",
+    )  # fmt: skip
 
     def __init__(self, state: PartitionState, record: Record) -> None:
         self.state = state
@@ -32,11 +48,19 @@ class Item:
         self.error: Exception | None = None
         #: What is behind it in its unit, when it is to be run again later.
         self.rest: deque[Item] | None = None
+        #: What it won by coming first, when its message asks for that; written when it is settled.
+        self.claim: Claim | None = None
         #: It may be what crashed a worker: run apart from everything else.
         self.suspect = False
         #: Where the dispatcher put it, and when: only for its own bookkeeping.
         self.turn = 0
         self.place = 0
+
+    def claimed(self) -> None:
+        """Have the claim written before anything else that follows from the record; again if it is settled again."""
+        assert self.claim is not None
+        self.outcome.records[:0] = self.claim.records
+        self.outcome.ahead += len(self.claim.records)
 
 
 #: Records that are run one after the other by one thread: a lone one, or those of a key that came together.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 from kser import headers
 from kser.errors import (
     AbortedError,
+    ConfigurationError,
     Error,
     FencedError,
     GroupError,
@@ -37,7 +38,8 @@ from kser.worker.offsets import METADATA_BYTES, SUSPECT_AFTER, Parked, Partition
 from kser.worker.parking import KEYS, LONGEST_S, ParkingLot
 from kser.worker.runner import Outcome, Runner, Work
 from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
-from kser.worker.tiers import SHORTEST_MS, to_tier
+from kser.worker.state import StateStore, owner_of, state_topic
+from kser.worker.tiers import MAX_DELAY_S, SHORTEST_S, to_tier
 
 if TYPE_CHECKING:
     from kser.worker.pool import IsolatedPool
@@ -149,6 +151,9 @@ class Loop:
         self.bytes_in_flight = 0
         #: What waits for its next attempt, and what waits behind it; not in flight.
         self.lot = ParkingLot()
+        #: Who was first with a key; of the partitions in ``_claimable`` it is loaded.
+        self.store = StateStore(transport, worker.group, create=worker.create_topics)
+        self._claimable: set[Partition] = set()
         #: Finished, not settled, in the order they finished.
         self.pending: list[Item] = []
         self.batch: Batch | None = None
@@ -355,6 +360,9 @@ class Loop:
             if state.crashes:
                 item.suspect = state.crashes_of(record.offset) >= SUSPECT_AFTER
                 self.stats["suspects"] += item.suspect
+            if record.headers and (key := record.header(headers.CLAIM)) and not self._claim(item, key):
+                items.pop()
+                continue
             if record.value is not None:
                 size += len(record.value)
         if fresh:
@@ -363,6 +371,30 @@ class Loop:
             self.in_flight += len(items)
             self.bytes_in_flight += size
             self.dispatcher.take(items)
+
+    def _claim(self, item: Item, key: bytes) -> bool:
+        """Whether a record that may run only if it is the first one to bring ``key`` is that; if not it is finished."""
+        record, state = item.record, item.state
+        name = key.decode("utf-8", "backslashreplace")
+        if state.of not in self._claimable:
+            # Not before the first one comes: most partitions never see one.
+            self._claimable.add(state.of)
+            self.store.load([state.of])
+        try:
+            claim = self.store.claim(state.of, name, owner_of(record))
+        except ConfigurationError as exc:
+            item.error = exc
+            return True
+        if claim.won:
+            item.claim = claim
+            return True
+        where = f"{record.topic}/{record.partition}/{record.offset}"
+        logger.info("Record %s is dropped: %s was there before, with the same key %s", where, claim.winner.owner, name)
+        self.stats["duplicates"] += 1
+        item.outcome = Outcome("duplicate")
+        state.finished(record.offset)
+        self.pending.append(item)
+        return False
 
     def _mark(self, state: PartitionState, offset: int) -> Position:
         """What to commit before the first record of a partition is run, the one with this offset."""
@@ -418,6 +450,8 @@ class Loop:
         if outcome.kind != "waiting" and (short or strict):
             again = Item(state, record if outcome.kind == "delayed" else _with(record, {headers.ATTEMPT: attempt}))
             again.last, again.suspect = item.last, item.suspect
+            if outcome.kind == "delayed":
+                again.claim = item.claim
             rest.appendleft(again)
             self.in_flight -= len(rest) - 1
             self.bytes_in_flight -= sum(len(each.record.value or b"") for each in rest) - len(record.value or b"")
@@ -429,8 +463,8 @@ class Loop:
         changed: dict[str, int | str] = {headers.ATTEMPT: attempt} if attempt > 1 else {}
         if outcome.kind == "waiting":
             changed |= {headers.WAITING: outcome.since_ms or int(time.time() * 1000), headers.REASON: outcome.reason}
-        delay_ms = max(int(delay_s * 1000), SHORTEST_MS)
-        kept = _with(record, changed)
+        delay_ms = int(min(max(delay_s, SHORTEST_S), MAX_DELAY_S) * 1000)
+        kept = _with(record, changed, without=headers.CLAIM)  # it has won already
         outcome.records.append(
             to_tier(self.worker.group, record.topic, record.key, record.value, kept.headers, delay_ms)
         )
@@ -532,12 +566,16 @@ class Loop:
                     self.worker.stop()
                     continue
                 if outcome.again_s is not None:
+                    if item.claim is not None and outcome.kind != "delayed":
+                        item.claimed()
                     parked = self.lot.items
                     if self._later(item, outcome):
                         pending.append(item)
                     if item.last and self.lot.items == parked:
                         freed.append(item)
                     continue
+            if item.claim is not None:
+                item.claimed()
             if item.last:
                 freed.append(item)
             state.finished(record.offset)
@@ -645,6 +683,10 @@ class Loop:
         for item, error in verdict.refused:
             if not item.state.gone:
                 self._refused(item, error)
+        if self._claimable:
+            for item in verdict.settled:
+                if item.claim is not None:
+                    self.store.settled(item.claim)
         if verdict.settled and verdict.batch is not None and not self.exactly_once:
             self.uncommitted |= {state for state in verdict.batch.states if not state.gone}
 
@@ -659,6 +701,8 @@ class Loop:
             # Once: what tells the refusal may be refused too, and is then only logged.
             refused, outcome.refused = outcome.refused, None
             outcome.records, outcome.ahead = refused(error), 0
+            if item.claim is not None and error.extra.get("topic") != state_topic(self.worker.group, item.record.topic):
+                item.claimed()
         else:
             logger.error("What follows from %s was refused by the broker: %s", where, error.message)
             outcome.records, outcome.ahead = [], 0
@@ -863,6 +907,8 @@ class Loop:
             self.bounded.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
         self.lot.drop(set(gone))
+        self.store.drop(state.of for state in gone)
+        self._claimable.difference_update(state.of for state in gone)
         self.executor.abort("lost", set(gone))
         self.executor.drop_closed()
 
@@ -946,9 +992,9 @@ class Loop:
         )
 
 
-def _with(record: Record, changed: Mapping[str, int | str]) -> Record:
+def _with(record: Record, changed: Mapping[str, int | str], without: str = "") -> Record:
     """The record with these headers instead of its own of the same names."""
-    kept = [header for header in record.headers if header[0] not in changed]
+    kept = [header for header in record.headers if header[0] not in changed and header[0] != without]
     return record._replace(headers=[*kept, *((name, str(value).encode()) for name, value in changed.items())])
 
 

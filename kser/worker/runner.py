@@ -21,7 +21,8 @@ from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing,
 from kser.sequencing.task import Task, UnregisteredTask
 from kser.status import Status
 from kser.transport import OutRecord, Record
-from kser.worker.dead_letters import dead_letter, dead_letters_topic
+from kser.worker.dead_letters import dead_letter
+from kser.worker.tiers import dead_letter_topic
 
 __all__ = ["Outcome", "Runner", "Work"]
 
@@ -159,7 +160,7 @@ class Runner:
         self._group = group.encode()
         self._headers = ((headers.GROUP, self._group),)
         self._events_topic = events_topic(group) if events else None
-        self._dead_topic = dead_letters_topic(group) if dead_letters else None
+        self._dead_topic = dead_letter_topic(group) if dead_letters else None
 
     def run(self, record: Record) -> Outcome:
         """Run one record to its end. Never raises an Exception."""

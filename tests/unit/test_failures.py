@@ -1,11 +1,13 @@
-"""What becomes of tasks that fail, on the memory transport: attempts, parking, tiers, waiting, dead letters, crashes."""
+"""What becomes of tasks that fail, on memory: attempts, parking, tiers, waiting, dead letters, crashes; claims."""
 
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from kser import Operation, OperationRegistry, Result, Retry, Task, headers
+from kser.errors import ValidationError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
 from kser.transport import OutRecord, Partition, Position, TopicSpec
@@ -479,3 +481,104 @@ def test_parked_records_and_crashes_are_read_as_they_were_written():
     parked = {7: Parked(3, 1_900_000_000_100), 4096: Parked(12, 5_000)}
     found = decode(5, encode("i", 5, 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], open_=True))
     assert found == ("i", 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], True)
+
+
+# -- first come --------------------------------------------------------------------------------------------------------
+
+
+def test_of_operations_with_one_idempotency_key_one_is_started(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def pay(order: int):
+        ran.append(order)
+
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return [pay(params=params), pay(params=params)]
+
+    made = [Order(params={"order": 7}, idempotency_key="order 7").build() for _ in range(5)]
+    assert len({one.uuid for one in made}) == 1
+    for one in made[:3]:
+        assert one.launch().retcode == 0
+    first = start()
+    wait_for(lambda: view(transport, made[0].uuid).ended)
+    wait_for(lambda: first.worker.stats["duplicates"] == 2)
+    first.worker.stop()
+    first.stop()
+    made[3].launch()
+    made[4].send()
+    second = start()
+    wait_for(lambda: second.worker.stats["duplicates"] == 2)
+    assert ran == [7, 7]
+    Order(params={"order": 8}, idempotency_key="order 8").build().launch()
+    wait_for(lambda: ran == [7, 7, 8, 8])
+    assert len(transport.records(f"{GROUP}.state.{TOPIC}")) == 2
+
+
+def test_an_operation_that_came_first_and_failed_its_first_attempt_still_came_first(registry, transport, start):
+    ran = []
+
+    @registry.task(retry=QUICK)
+    def flaky():
+        ran.append(1)
+        if len(ran) == 1:
+            raise ValueError("once")
+
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return [flaky()]
+
+    for _ in range(2):
+        Order(idempotency_key="o").build().launch()
+    one = start()
+    wait_for(lambda: view(transport, Order(idempotency_key="o").uuid).status == "SUCCESS")
+    wait_for(lambda: one.worker.stats["duplicates"] == 1)
+    assert len(ran) == 2
+    assert len(transport.records(f"{GROUP}.state.{TOPIC}")) == 1
+
+
+def test_a_delayed_task_runs_when_it_is_due(registry, transport, start):
+    """Sent by a service, and by a task: the one a service sends is in its topic at once."""
+    ran = {}
+
+    @registry.task
+    def later(n: int):
+        ran[n] = time.time()
+
+    @registry.task
+    def now():
+        later(params={"n": 2}).send(delay=0.3)
+
+    began = time.time()
+    later(params={"n": 1}).send(at=datetime.now(UTC) + timedelta(seconds=0.4))
+    now().send()
+    later(params={"n": 3}).send(delay=3700)
+    start()
+    wait_for(lambda: len(ran) == 2)
+    assert ran[1] - began >= 0.39
+    assert ran[2] - began >= 0.29
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1h"))
+
+
+@pytest.mark.parametrize(
+    "when",
+    [
+        {"delay": -1},
+        {"delay": "5"},
+        {"delay": float("nan")},
+        {"delay": 1e12},
+        {"at": datetime(2026, 1, 1)},  # noqa: DTZ001 - that is what is wrong with it
+        {"at": "tomorrow"},
+        {"delay": 1, "at": datetime.now(UTC)},
+    ],
+)
+def test_a_time_that_cannot_be_is_refused(registry, when):
+    @registry.task
+    def later():
+        pass
+
+    with pytest.raises(ValidationError, match=r"give|years"):
+        later().send(**when)
