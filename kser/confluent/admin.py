@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from confluent_kafka import KafkaError
+from confluent_kafka import IsolationLevel, KafkaError, TopicPartition
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # its __all__ names only some of what it exports
     AdminClient,
     ConfigResource,
     NewTopic,
+    OffsetSpec,
     TopicMetadata,
 )
 
@@ -20,7 +21,7 @@ from kser.confluent.config import admin_config, new_client
 from kser.confluent.errors import kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState
 from kser.errors import Error, TransportError
-from kser.transport import TopicInfo, TopicSpec
+from kser.transport import Partition, TopicInfo, TopicSpec
 
 __all__ = ["ConfluentAdmin"]
 
@@ -115,6 +116,17 @@ class ConfluentAdmin:
         found = self._look(topic, time.monotonic() + timeout_s)
         return len(found.partitions) if found is not None else 0
 
+    def bounds(self, partitions: Sequence[Partition], timeout_s: float = _LOOK_S) -> dict[Partition, tuple[int, int]]:
+        """The first offset there is of each, and the one its next record will get, whatever transaction is open there.
+
+        Raises TransportError: there is no such partition, or no answer within ``timeout_s``.
+        """
+        end = time.monotonic() + timeout_s
+        # The ends last: what is written meanwhile belongs to what there is.
+        starts = self._offsets(partitions, OffsetSpec.earliest(), end)  # type: ignore[no-untyped-call]
+        ends = self._offsets(partitions, OffsetSpec.latest(), end)  # type: ignore[no-untyped-call]
+        return {of: (starts[of], ends[of]) for of in starts}
+
     def session_timeout_s(self, group: str) -> float:
         """After how long without a heartbeat the broker puts a member of this group out, under KIP-848."""
         asked = ConfigResource(ConfigResource.Type.GROUP, group)
@@ -151,6 +163,28 @@ class ConfluentAdmin:
                 raise translate(error, doing)
             if time.monotonic() >= end:
                 raise TransportError(f"{doing}: it has no leader yet", retriable=True)
+            time.sleep(_AGAIN_S)
+
+    def _offsets(self, partitions: Sequence[Partition], which: OffsetSpec, end: float) -> dict[Partition, int]:
+        """One offset of each partition, asked again while its leader is not known yet."""
+        if not partitions:
+            return {}
+        doing, asked = "Looking for the bounds of partitions", {TopicPartition(*of): which for of in partitions}
+        while True:
+            try:
+                with self._asking(doing):
+                    answers = self._client.list_offsets(
+                        asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_left(end)
+                    )
+                found = {Partition(of.topic, of.partition): answer for of, answer in answers.items()}
+                return {
+                    of: self._result(answer, f"{doing}: {of.topic}/{of.partition}", end).offset
+                    for of, answer in found.items()
+                }
+            except TransportError as exc:
+                # A partition that was made, or whose broker died, a moment ago.
+                if not exc.retriable or time.monotonic() >= end:
+                    raise
             time.sleep(_AGAIN_S)
 
     def _settings(self, names: Iterable[str], end: float) -> dict[str, dict[str, str]]:

@@ -1,9 +1,9 @@
-"""ConfluentReader: reads topics without a group."""
+"""ConfluentReader: reads topics without a group. read_partitions(): all that is in some partitions."""
 
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -14,9 +14,9 @@ from kser.confluent.config import new_client, reader_config
 from kser.confluent.errors import is_fatal, kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState, logger
 from kser.errors import ConfigurationError, Error, TransportError
-from kser.transport import Record
+from kser.transport import Partition, Record
 
-__all__ = ["ConfluentReader"]
+__all__ = ["ConfluentReader", "read_partitions"]
 
 #: Seconds between two looks for a topic that does not exist yet, and for partitions added to one that does.
 _MISSING_EVERY_S: Final = 0.5
@@ -27,9 +27,111 @@ _LOOK_S: Final = 2.0
 _CLOSE_S: Final = 5.0
 #: Seconds between two tries of a question that a broker cannot answer yet.
 _AGAIN_S: Final = 0.05
+#: Records of one batch of read_partitions(), and the longest wait for the first of it, in seconds.
+_BATCH: Final = 5000
+_SLICE_S: Final = 0.2
+#: An end behind markers and aborted records is told by a fetch that finds nothing, after this time.
+_SHORT_READ: Final = {"fetch.wait.max.ms": 10}
 
 
-class ConfluentReader:
+class _Onlooker:
+    """A client outside any group, and what it reads. One thread owns it.
+
+    Args:
+        user: librdkafka properties that went through checked().
+        more: properties over those of a reader.
+    """
+
+    def __init__(self, user: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
+        self._state = ClientState("reader", str(user["bootstrap.servers"]))
+        # Never joined and never committed under, so that it leaves nothing behind.
+        group = f"kser-reader-{uuid.uuid4()}"
+        config = reader_config(user, group) | dict(more or {})
+        self._consumer: Consumer | None = new_client(Consumer, config, self._state)
+        #: The next offset to give of each partition; negative is librdkafka's mark of the beginning.
+        self._next: dict[tuple[str, int], int] = {}
+        #: What at_end() still waits for: partitions, and the end each had when this was made.
+        self._ends: dict[tuple[str, int], int] = {}
+
+    def at_end(self) -> bool:
+        """See Reader."""
+        return not self._ends
+
+    def close(self) -> None:
+        """See Reader."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is None:
+            return
+        try:
+            Aside().call(consumer.close, _CLOSE_S)
+        except TimeoutError:
+            logger.warning("A reader did not end within %g s and is left behind", _CLOSE_S)
+        except (KafkaException, RuntimeError) as exc:
+            logger.warning("Closing a reader: %s", exc)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, wait_s: float, max_records: int) -> list[Record]:
+        """What comes within ``wait_s``; [] also when it was only news, such as the end of a partition."""
+        consumer = self._client()
+        with kafka_errors("Reading"):
+            first = consumer.poll(wait_s)
+            messages = [first] if first is not None else []
+            if messages and max_records > 1:
+                messages += consumer.consume(max_records - 1, 0)
+        return self._records(messages)
+
+    def _add(self, starts: Mapping[tuple[str, int], int]) -> None:
+        if starts:
+            with kafka_errors("Starting to read"):
+                self._client().incremental_assign([TopicPartition(*key, offset=at) for key, at in starts.items()])
+            self._next.update(starts)
+
+    def _records(self, messages: Sequence[Message]) -> list[Record]:
+        records: list[Record] = []
+        for m in messages:
+            topic, partition, offset = m.topic() or "", _number(m), m.offset() or 0
+            key = (topic, partition)
+            if (error := m.error()) is not None:
+                self._on_error(key, offset, error)
+                continue
+            if key not in self._next:
+                continue  # of a topic that went
+            self._reached(key, offset + 1)
+            records.append(Record(topic, partition, offset, m.key(), m.value(), m.headers() or (), m.timestamp()[1]))  # type: ignore[arg-type]
+        if records:
+            self._state.up()
+        return records
+
+    def _reached(self, key: tuple[str, int], position: int) -> None:
+        self._next[key] = position
+        if position >= self._ends.get(key, position + 1):
+            del self._ends[key]
+
+    def _on_error(self, key: tuple[str, int], offset: int, error: KafkaError) -> None:
+        code = error.code()
+        if code == KafkaError._PARTITION_EOF:
+            # Behind the last record there may be markers of transactions, aborted records and gaps of compaction: only
+            # this tells that they were passed.
+            self._reached(key, max(offset, self._next.get(key, offset)))
+        elif code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC):
+            self._unknown()
+        else:
+            failure: Error = translate(error, f"Reading {key[0]}[{key[1]}]" if key[0] else "Reading")
+            if is_fatal(error) or isinstance(failure, ConfigurationError):
+                raise failure
+            self._state.quiet.log(logging.WARNING, "%s [%s] %s", error.name(), "reader", failure.message)
+
+    def _unknown(self) -> None:
+        """A broker does not know one of the topics or partitions: it may, in a moment."""
+
+    def _client(self) -> Consumer:
+        if self._consumer is None:
+            raise TransportError("The reader is closed: make a new one")
+        return self._consumer
+
+
+class ConfluentReader(_Onlooker):
     """Reads topics to their ends and on. Implements kser.transport.Reader. One thread owns it.
 
     Args:
@@ -50,17 +152,10 @@ class ConfluentReader:
     ) -> None:
         if isinstance(topics, str) or start not in ("beginning", "end"):
             raise ConfigurationError(f"topics={topics!r}, start={start!r}: give a list, and beginning or end")
+        super().__init__(user)
         self._admin = admin
-        self._state = ClientState("reader", str(user["bootstrap.servers"]))
-        # Never joined and never committed under, so that it leaves nothing behind.
-        group = f"kser-reader-{uuid.uuid4()}"
-        self._consumer: Consumer | None = new_client(Consumer, reader_config(user, group), self._state)
         #: Topics and the number of partitions read of each, 0 while it does not exist.
         self._topics = dict.fromkeys(topics, 0)
-        #: The next offset to give of each partition; negative is librdkafka's mark of the beginning.
-        self._next: dict[tuple[str, int], int] = {}
-        #: What at_end() still waits for: partitions, and the end each had when this was made.
-        self._ends: dict[tuple[str, int], int] = {}
         #: Topics that were not there at the last look: a broker may not know one for a moment.
         self._doubted: set[str] = set()
         self._look_again_at = 0.0
@@ -72,38 +167,16 @@ class ConfluentReader:
 
     def poll(self, timeout_s: float, max_records: int = 500) -> list[Record]:
         """See Reader. ConfigurationError when the brokers refuse this client."""
-        consumer = self._client()
         end = time.monotonic() + timeout_s
         while True:
             if time.monotonic() >= self._look_again_at:
                 self._look(min(_LOOK_S, max(end - time.monotonic(), 0.1)))
             left = min(max(end - time.monotonic(), 0), max(self._look_again_at - time.monotonic(), 0))
-            with kafka_errors("Reading"):
-                first = consumer.poll(left)
-                messages = [first] if first is not None else []
-                if messages and max_records > 1:
-                    messages += consumer.consume(max_records - 1, 0)
-            records = self._records(messages)
+            records = self._fetch(left, max_records)
             if records or time.monotonic() >= end:
                 return records
             if (refusal := self._state.refusal) is not None:
                 raise refusal
-
-    def at_end(self) -> bool:
-        """See Reader."""
-        return not self._ends
-
-    def close(self) -> None:
-        """See Reader."""
-        consumer, self._consumer = self._consumer, None
-        if consumer is None:
-            return
-        try:
-            Aside().call(consumer.close, _CLOSE_S)
-        except TimeoutError:
-            logger.warning("A reader did not end within %g s and is left behind", _CLOSE_S)
-        except (KafkaException, RuntimeError) as exc:
-            logger.warning("Closing a reader: %s", exc)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -148,46 +221,8 @@ class ConfluentReader:
     def _pause_s(self) -> float:
         return _GROWN_EVERY_S if all(self._topics.values()) and not self._doubted else _MISSING_EVERY_S
 
-    def _add(self, starts: Mapping[tuple[str, int], int]) -> None:
-        if starts:
-            with kafka_errors("Starting to read"):
-                self._client().incremental_assign([TopicPartition(*key, offset=at) for key, at in starts.items()])
-            self._next.update(starts)
-
-    def _records(self, messages: Sequence[Message]) -> list[Record]:
-        records: list[Record] = []
-        for m in messages:
-            topic, partition, offset = m.topic() or "", _number(m), m.offset() or 0
-            key = (topic, partition)
-            if (error := m.error()) is not None:
-                self._on_error(key, offset, error)
-                continue
-            if key not in self._next:
-                continue  # of a topic that went
-            self._reached(key, offset + 1)
-            records.append(Record(topic, partition, offset, m.key(), m.value(), m.headers() or (), m.timestamp()[1]))  # type: ignore[arg-type]
-        if records:
-            self._state.up()
-        return records
-
-    def _reached(self, key: tuple[str, int], position: int) -> None:
-        self._next[key] = position
-        if position >= self._ends.get(key, position + 1):
-            del self._ends[key]
-
-    def _on_error(self, key: tuple[str, int], offset: int, error: KafkaError) -> None:
-        code = error.code()
-        if code == KafkaError._PARTITION_EOF:
-            # Behind the last record there may be markers of transactions, aborted records and gaps of compaction: only
-            # this tells that they were passed.
-            self._reached(key, max(offset, self._next.get(key, offset)))
-        elif code in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION, KafkaError._UNKNOWN_TOPIC):
-            self._look_again_at = min(self._look_again_at, time.monotonic() + _MISSING_EVERY_S)
-        else:
-            failure: Error = translate(error, f"Reading {key[0]}[{key[1]}]" if key[0] else "Reading")
-            if is_fatal(error) or isinstance(failure, ConfigurationError):
-                raise failure
-            self._state.quiet.log(logging.WARNING, "%s [%s] %s", error.name(), "reader", failure.message)
+    def _unknown(self) -> None:
+        self._look_again_at = min(self._look_again_at, time.monotonic() + _MISSING_EVERY_S)
 
     def _forget(self, topic: str) -> None:
         """A topic was deleted: should it come again, it is another one and read from its start."""
@@ -218,10 +253,45 @@ class ConfluentReader:
                 raise unanswered(doing, timeout_s)
             return found
 
-    def _client(self) -> Consumer:
-        if self._consumer is None:
-            raise TransportError("The reader is closed: make a new one")
-        return self._consumer
+
+def read_partitions(
+    user: Mapping[str, Any], admin: ConfluentAdmin, partitions: Sequence[Partition], timeout_s: float
+) -> Iterator[list[Record]]:
+    """All that is in these partitions, in batches: see kser.transport.Transport.read().
+
+    The end is the high watermark, not the last stable offset that a read_committed client is told: behind that one
+    there may be committed records, of transactions whose markers are on their way or that came behind an open one. The
+    client gets past it when the last of them is decided. Source: Kafka Streams restores state stores in the same way.
+    """
+    limit = time.monotonic() + timeout_s
+    bounds = {(of.topic, of.partition): bounds for of, bounds in admin.bounds(partitions, timeout_s).items()}
+    ends = {key: end for key, (start, end) in bounds.items() if start < end}
+    if not ends:
+        return
+    reader = _Onlooker(user, _SHORT_READ)
+    try:
+        reader._ends |= ends
+        # Offsets and not the mark of the beginning: a new client takes half a second to find out what that is.
+        reader._add({key: bounds[key][0] for key in ends})
+        while not reader.at_end():
+            if time.monotonic() >= limit:
+                raise _unread(reader, timeout_s)
+            records = reader._fetch(min(_left(limit), _SLICE_S), _BATCH)
+            if wanted := [record for record in records if record.offset < ends[record.of]]:
+                yield wanted
+    finally:
+        reader.close()
+
+
+def _unread(reader: _Onlooker, timeout_s: float) -> Error:
+    if (refusal := reader._state.refusal) is not None:
+        return refusal
+    where = ", ".join(f"{topic}/{n} at {reader._next[topic, n]} of {end}" for (topic, n), end in reader._ends.items())
+    return TransportError(
+        f"Not read to the end within {timeout_s:g} s, because a transaction is open there or the broker is away: "
+        f"{where}. Try again",
+        retriable=True,
+    )
 
 
 def _left(end: float) -> float:

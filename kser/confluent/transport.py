@@ -1,15 +1,16 @@
 """ConfluentTransport: Kafka, by confluent-kafka."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, Literal
 
 from kser.confluent.admin import ConfluentAdmin
 from kser.confluent.config import checked, consumer_config, new_group_start, producer_config
 from kser.confluent.logs import logger
-from kser.confluent.reader import ConfluentReader
+from kser.confluent.reader import ConfluentReader, read_partitions
 from kser.confluent.sink import ConfluentSink
 from kser.confluent.source import ConfluentSource
 from kser.errors import TransportError
+from kser.transport import Partition, Record
 
 __all__ = ["ConfluentTransport"]
 
@@ -43,6 +44,10 @@ class ConfluentTransport:
     def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> ConfluentReader:
         """See Transport. Raises TransportError when no broker answers within 10 s."""
         return ConfluentReader(self._user, self._admin, topics, start)
+
+    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> Iterator[list[Record]]:
+        """See Transport."""
+        return read_partitions(self._user, self._admin, partitions, timeout_s)
 
     def admin(self) -> ConfluentAdmin:
         """See Transport. The same one each time."""

@@ -4,7 +4,7 @@ Implementations: `kser.transport.memory` (in this process, exact semantics) and 
 suite (tests/contract) runs on all of them, so what a docstring here says is what each of them does.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
@@ -333,6 +333,17 @@ class Transport(Protocol):
 
     def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> Reader:
         """A new reader of these topics. "end": only what is written after this call returned."""
+
+    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> Iterator[list[Record]]:
+        """All that is in these partitions, from their starts to their ends, in batches; each partition in its order.
+
+        It ends with what was there when the first batch was asked for. Of transactions only committed records are
+        given; one that was open then is waited for, because it may be committed. Empty partitions cost next to nothing.
+        The thread that takes the first batch takes them all; close() of the iterator lets go of the connection early.
+
+        Raises TransportError from the first batch on: there is no such partition, or, ``retriable``, the end was not
+        reached within ``timeout_s``.
+        """
 
     def admin(self) -> TopicAdmin:
         """The topics of this broker."""

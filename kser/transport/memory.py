@@ -43,6 +43,9 @@ __all__ = ["MemoryAdmin", "MemoryReader", "MemorySink", "MemorySource", "MemoryT
 
 logger = logging.getLogger(__name__)
 
+#: Records of one partition in one batch of MemoryTransport.read().
+_READ_BATCH = 1000
+
 
 class MemoryTransport:
     """One in-process cluster and what talks to it. May be shared by threads.
@@ -96,6 +99,38 @@ class MemoryTransport:
     def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> "MemoryReader":
         """A new reader of these topics. "end": only what is written after this call returned."""
         return MemoryReader(self._cluster, topics, start)
+
+    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> Iterator[list[Record]]:
+        """All that is in these partitions, in batches; see `kser.transport.Transport.read`."""
+        cluster = self._cluster
+        deadline = cluster.clock.monotonic() + timeout_s
+        with cluster.changed:
+            # The next offset to read and the end of each; the end counts what an open transaction has written.
+            left = {partition: (0, cluster.log(partition).end) for partition in partitions}
+        while left:
+            records: list[Record] = []
+            with cluster.changed:
+                cluster.tick()
+                for partition, (position, end) in list(left.items()):
+                    log = cluster.log(partition)
+                    more, position = log.read(max(position, log.start), _READ_BATCH)
+                    records += [record for record in more if record.offset < end]
+                    left[partition] = position, end
+                    if position >= end:
+                        del left[partition]
+                if not records and left:
+                    if cluster.clock.monotonic() >= deadline:
+                        where = ", ".join(
+                            f"{of.topic}/{of.partition} at {at} of {end}" for of, (at, end) in left.items()
+                        )
+                        raise TransportError(
+                            f"Not read to the end within {timeout_s:g} s, because a transaction is open there: "
+                            f"{where}. Try again",
+                            retriable=True,
+                        )
+                    cluster.wait(deadline)
+            if records:
+                yield records
 
     def admin(self) -> "MemoryAdmin":
         """The topics of this broker."""
