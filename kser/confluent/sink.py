@@ -16,6 +16,7 @@ from kser.confluent.aside import Aside
 from kser.confluent.config import new_client
 from kser.confluent.errors import is_fatal, kafka_error, kafka_errors, too_large, translate
 from kser.confluent.logs import ClientState, logger
+from kser.confluent.numbered import Numbered
 from kser.confluent.source import ConfluentMember, message_partition, to_offsets
 from kser.errors import DeliveryError, Error, FencedError, GroupError, TransportError, ValidationError
 from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
@@ -93,6 +94,8 @@ class ConfluentSink:
         #: How often what is queued was given up. The client may get round to it late, and then takes records with it
         #: that were handed over after that: those are handed over again.
         self._purges = 0
+        #: How often a call that serves callbacks broke: one of the callbacks may not have been heard.
+        self._broke = 0
         self._producer: Producer | None = new_client(Producer, self._config, self._state)
         self._met = self._id is not None
         self._initialised = False
@@ -148,6 +151,10 @@ class ConfluentSink:
             except (BufferError, KafkaException, RuntimeError):
                 pass  # produce() meets the same, and does about it what can be done
         self.produce(OutRecord(topic, key, value), partial(tell, index))
+
+    def numbered(self, tell: Callable[[int, Error], None]) -> Numbered:
+        """For very many records without headers, with one who wants to know which failed. See Numbered."""
+        return Numbered(self, tell)
 
     def produce_all(self, records: Sequence[OutRecord]) -> None:
         """See Sink."""
@@ -374,14 +381,6 @@ class ConfluentSink:
         if first and self._failure is not None:
             self._failure.extra["index"] = index
 
-    def _note(self, failures: dict[int, Error], index: int, error: KafkaError, message: Message) -> None:
-        """For a record of deliver()."""
-        try:
-            _clear_pending()
-            failures[index] = self._undelivered(error, message)
-        except BaseException as exc:  # noqa: BLE001 - as above
-            self._escaped = exc
-
     def _undelivered(self, error: KafkaError, message: Message) -> Error:
         topic = message.topic() or ""
         size = len(message) + len(message.key() or b"")
@@ -436,6 +435,7 @@ class ConfluentSink:
             # The client broke for good; the next produce() or begin() tells, or renews it. SystemError: what
             # confluent-kafka 2.16 makes of a fatal error that it meets in flush().
             logger.warning("The %s: %s", self._name, exc)
+            self._broke += 1
             served = 0
         if self._confirmed:
             self._confirmed = False
@@ -491,12 +491,17 @@ class ConfluentSink:
         """Write records and wait for them until ``end``, a time.monotonic(). The failures, by index."""
         producer, at, stop = self._client(), 0, None
         failures: dict[int, Error] = {}
-
-        given_up = False
+        purges, broke = self._purges, self._broke
 
         def told(index: int, error: KafkaError | None, message: Message) -> None:
-            if error is not None and (given_up or not self._again(error, message, partial(told, index))):
-                self._note(failures, index, error, message)
+            if error is None:
+                return
+            try:
+                _clear_pending()
+                if purges != self._purges or not self._again(error, message, partial(told, index)):
+                    failures[index] = self._undelivered(error, message)
+            except BaseException as exc:  # noqa: BLE001 - as in _deliver()
+                self._escaped = exc
 
         def give_up(indexes: range, why: str) -> None:
             failures.update({n: _given_up(records[n].topic, why) for n in indexes if n not in failures})
@@ -521,11 +526,12 @@ class ConfluentSink:
                 give_up(range(at), "_PURGE_INFLIGHT")
                 producer = renewed
         if not self._settled(producer, end):
-            given_up = True
             self._purges += 1
             producer.purge()  # what is in flight too: the next call would wait for it
             if not self._settled(producer, time.monotonic() + _GIVE_UP_S):
                 give_up(range(len(records)), "_PURGE_INFLIGHT")
+        if broke != self._broke:  # whoever was not told of a failure must not take it for a success
+            give_up(range(len(records)), "_PURGE_INFLIGHT")
         if len(failures) < len(records):
             self._state.up()
         return failures

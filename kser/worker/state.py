@@ -14,8 +14,8 @@ What holds, and why:
 * At least once nobody is fenced: a former owner that does not know yet may write a claim after the load, as it may run
   a record a second time.
 
-Memory: about 0.3 KB for each key of the partitions that are owned. A key is kept for the retention, so a group that
-claims one key a second in a partition for 30 days has 2.6 million, 0.8 GB: shorten the retention, or take more
+Memory: about 0.2 KB for each key of the partitions that are owned. A key is kept for the retention, so a group that
+claims one key a second in a partition for 30 days has 2.6 million, 0.6 GB: shorten the retention, or take more
 partitions, for much less than that.
 """
 

@@ -755,6 +755,56 @@ def test_a_closed_reader_gives_nothing_and_closing_again_does_nothing(broker: Br
         reader.poll(0)
 
 
+# -- all that is in some partitions ------------------------------------------------------------------------------------
+
+
+def everything_in(broker: Broker, *partitions: Partition, timeout_s: float = 20) -> list[Record]:
+    return [record for batch in broker.transport.read(partitions, timeout_s) for record in batch]
+
+
+def test_read_gives_all_of_the_partitions_it_is_told_and_of_no_other(broker: Broker):
+    one, two = broker.make_topic(3), broker.make_topic()
+    for partition in range(3):
+        broker.send(one, *(b"%d/%d" % (partition, n) for n in range(50)), partition=partition)
+    broker.send(two, b"two", None)
+    for _ in range(2):  # it leaves no trace: the next one reads the same
+        found = everything_in(broker, Partition(one, 0), Partition(one, 2), Partition(two, 0))
+        assert [(r.value, r.offset) for r in found if r.of == (one, 0)] == [(b"0/%d" % n, n) for n in range(50)]
+        assert [r.value for r in found if r.of == (one, 2)] == [b"2/%d" % n for n in range(50)]
+        assert [r.value for r in found if r.of == (two, 0)] == [b"two", None]
+        assert len(found) == 102
+
+
+def test_read_of_empty_partitions_and_of_none_gives_nothing(broker: Broker):
+    topic = broker.make_topic(2)
+    assert everything_in(broker, Partition(topic, 0), Partition(topic, 1)) == []
+    assert everything_in(broker) == []
+
+
+def test_read_ends_with_what_was_there_at_its_first_batch(broker: Broker):
+    topic = broker.make_topic()
+    broker.send(topic, b"before", b"before")
+    batches = broker.transport.read([Partition(topic, 0)], 20)
+    found = next(batches)
+    broker.send(topic, b"after")
+    assert values([*found, *(record for batch in batches for record in batch)]) == [b"before", b"before"]
+
+
+def test_read_of_a_partition_that_does_not_exist_is_refused(broker: Broker):
+    for partition in (Partition(broker.make_topic(), 7), Partition(broker.new_name("topic"), 0)):
+        with pytest.raises(TransportError):
+            everything_in(broker, partition, timeout_s=1)
+
+
+def test_a_read_that_is_not_read_to_its_end_can_be_closed(broker: Broker):
+    topic = broker.make_topic()
+    broker.send(topic, b"v")
+    batches = broker.transport.read([Partition(topic, 0)], 20)
+    assert values(next(batches)) == [b"v"]
+    batches.close()  # type: ignore[attr-defined]
+    assert values(everything_in(broker, Partition(topic, 0))) == [b"v"]
+
+
 # -- topics ------------------------------------------------------------------------------------------------------------
 
 
@@ -1105,6 +1155,54 @@ def test_a_transaction_that_takes_too_long_is_aborted_and_its_producer_fenced(be
     bench.write(renewed, b"again")
     renewed.commit()
     assert values(take(bench.reader, 1)) == [b"again"]
+
+
+def test_read_passes_markers_and_aborted_records_and_ends_behind_them(bench: Bench):
+    for commit in (True, False):
+        bench.sink.begin()
+        bench.write(bench.sink, b"kept" if commit else b"never")
+        assert bench.sink.flush(20) == 0
+        bench.sink.commit() if commit else bench.sink.abort()
+    assert values(everything_in(bench.broker, Partition(bench.output, 0))) == [b"kept"]
+
+
+@pytest.mark.parametrize(("commits", "wanted"), [(True, [b"in it", b"behind"]), (False, [b"behind"])])
+def test_read_waits_for_a_transaction_that_is_open_and_gives_what_lies_behind_it(bench: Bench, commits, wanted):
+    """What is behind it may be committed long since: an end at the last stable offset would leave that out."""
+    bench.sink.begin()
+    bench.write(bench.sink, b"in it")
+    assert bench.sink.flush(20) == 0
+    other = bench.broker.sink(bench.broker.new_name("tx"))
+    other.begin()
+    bench.write(other, b"behind")
+    other.commit()
+    of = Partition(bench.output, 0)
+    with pytest.raises(TransportError, match="transaction is open") as caught:
+        everything_in(bench.broker, of, timeout_s=1)
+    assert caught.value.retriable
+    bench.sink.commit() if commits else bench.sink.abort()
+    assert values(everything_in(bench.broker, of)) == wanted
+
+
+@pytest.mark.parametrize(("commits", "wanted"), [(True, [b"in it"]), (False, [])])
+def test_a_read_under_way_goes_on_when_the_open_transaction_at_the_end_is_decided(bench: Bench, commits, wanted):
+    bench.broker.send(bench.output, b"before", partition=0)
+    bench.sink.begin()
+    bench.write(bench.sink, b"in it")
+    assert bench.sink.flush(20) == 0
+    batches = bench.broker.transport.read([Partition(bench.output, 0)], 30)
+    assert values(next(batches)) == [b"before"]
+    bench.sink.commit() if commits else bench.sink.abort()
+    assert values([record for batch in batches for record in batch]) == wanted
+
+
+def test_read_ends_when_the_open_transaction_of_a_dead_producer_is_timed_out(bench: Bench):
+    dead = bench.broker.sink(bench.id + ".dead", hasty=True)
+    dead.begin()
+    bench.write(dead, b"never")
+    assert dead.flush(20) == 0
+    bench.broker.send(bench.output, b"behind", partition=0)
+    assert values(everything_in(bench.broker, Partition(bench.output, 0), timeout_s=30)) == [b"behind"]
 
 
 def test_a_sink_that_is_closed_inside_a_transaction_leaves_nothing_to_see(bench: Bench):
