@@ -348,9 +348,7 @@ class BaseProducer(BaseController):
             for hook in ("onmessage", "onsuccess", "onerror")
         )
 
-    def _hand_over(
-        self, batch: _Batch, topic: str, kmsg: Message, key: str | None, headers: Headers = ()
-    ) -> Result:
+    def _hand_over(self, batch: _Batch, topic: str, kmsg: Message, key: str | None, headers: Headers = ()) -> Result:
         if not topic or not isinstance(topic, str):
             raise ValidationError(f"No topic for message {kmsg.entrypoint}[{kmsg.uuid}]: name one")
         raw = encode(kmsg, self._limit)

@@ -159,6 +159,21 @@ def count(*names: str, default: int, note: str) -> Decorator:
     help="What is told in the group's events topic.",
 )
 @option(
+    "--wait",
+    "wait_s",
+    type=Within(float, 0),
+    default=900,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long a message that this worker cannot run waits for one that can, before it fails.",
+)
+@option(
+    "--relay/--no-relay",
+    default=True,
+    show_default=True,
+    help="Move delayed messages back to their topics when they are due. One worker of a group has to.",
+)
+@option(
     "--group-protocol",
     type=click.Choice(["classic", "consumer"]),
     help="How the group shares its partitions: consumer is KIP-848, for Kafka 4.0 or newer. The same as -X "
@@ -281,6 +296,8 @@ def _commands(processes: int, name: str | None, health: int | None) -> list[list
             own += ["--name", f"{name}-{number}"]
         if health is not None:
             own += ["--health", str(health + number)]
+        if number:
+            own.append("--no-relay")  # one of them is enough
         commands.append([sys.executable, "-m", "kser", *given[:end], *own, *given[end:]])
     return commands
 

@@ -917,6 +917,7 @@ class Loop:
     def _drain(self) -> None:
         """Take nothing more, let what runs end, settle; the group is left after that (KAFKA.md finding 13)."""
         self.draining = True
+        self.worker.drains()
         logger.info("Stopping: up to %s s for what is running", self.worker.drain_s)
         for state in self.parts.values():
             state.closed = True  # what was taken but not started is left to the next owner

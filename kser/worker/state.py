@@ -289,7 +289,11 @@ class StateStore:
     ) -> None:
         """Raise what is wrong with a state topic; add to ``refusals`` what is wrong with one that is not there yet."""
         tasks = {state_topic(self._group, task): task for task in plan.tasks}
-        problems = [found for found in find(plan, there, embedded=embedded) if found.level == "error"]
+        problems = [
+            found
+            for found in find(plan, there, embedded=embedded)
+            if found.level == "error" or (found.topic in tasks and found.topic not in there)
+        ]
         for found in problems:
             # The embedded broker may be about to make it otherwise than it has to be.
             if found.topic in tasks and found.topic not in there:

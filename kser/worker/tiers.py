@@ -46,7 +46,6 @@ _KEY_BYTES: Final = 1024
 #: No number in a header has more digits: milliseconds since the epoch have 13.
 _DIGITS: Final = 15
 _DEAD_LETTERS: Final = next(kind.pattern for kind in KINDS if kind.feature is Feature.DEAD_LETTERS)
-_RETRIES: Final = "{group}.retry.{tier}"
 #: What belongs to a stay in the tiers.
 _OF_THE_STAY: Final = frozenset({names.REMAINING, names.DUE, names.NOT_BEFORE})
 _ORIGIN: Final = frozenset({names.ORIGIN_TOPIC, names.ORIGIN_PARTITION, names.ORIGIN_OFFSET, names.ORIGIN_TIMESTAMP})
@@ -55,7 +54,7 @@ _FAILURE: Final = frozenset({names.ERROR_TYPE, names.ERROR, names.TRACE, names.A
 
 def tier_topic(group: str, tier: str) -> str:
     """The topic of a tier."""
-    return _RETRIES.format(group=group, tier=tier)
+    return f"{group}.retry.{tier}"
 
 
 def tier_topics(group: str, tiers: Mapping[str, float] = TIERS) -> list[str]:
@@ -65,7 +64,8 @@ def tier_topics(group: str, tiers: Mapping[str, float] = TIERS) -> list[str]:
 
 def tier_of(group: str, topic: str, tiers: Mapping[str, float] = TIERS) -> str | None:
     """The tier that this topic is for the group; None when it is none."""
-    return next((tier for tier in tiers if tier_topic(group, tier) == topic), None)
+    tier = topic.removeprefix(tier_topic(group, ""))
+    return tier if tier in tiers and len(tier) < len(topic) else None
 
 
 def dead_letter_topic(group: str) -> str:

@@ -1,6 +1,7 @@
 """Worker: runs the tasks of a registry, with all its settings."""
 
 import gc
+import logging
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
 from kser.worker.loop import Loop
 from kser.worker.pool import IsolatedPool
+from kser.worker.relay import Relay
 from kser.worker.runner import Runner
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.slots import take_slot
@@ -26,6 +28,8 @@ from kser.worker.topic_plan import WORKER_FEATURES, Feature
 from kser.worker.topics import ensure_group_topics
 
 __all__ = ["Delivery", "LostOffset", "Worker"]
+
+logger = logging.getLogger(__name__)
 
 Delivery = Literal["exactly_once", "at_least_once"]
 LostOffset = Literal["stop", "earliest", "latest"]
@@ -70,6 +74,8 @@ class Worker:
         events: False to emit no events.
         wait_s: seconds that a message which this worker cannot run waits for one that can before it fails, while a new
             release is rolled out. It is looked at again every 10 s.
+        relay: also move delayed messages back to their topics when they are due. At least one worker of the group has
+            to; several share it.
         location: MODULE_OR_FILE:REGISTRY where child processes find the registry; default: where it is found here.
         health_port: port for /healthz and /readyz; None: none.
         health_host: address that port listens on; "0.0.0.0" for probes from outside, as in Kubernetes.
@@ -101,6 +107,7 @@ class Worker:
         create_topics: bool = True,
         events: bool = True,
         wait_s: float = 900,
+        relay: bool = True,
         location: str | None = None,
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
@@ -141,6 +148,7 @@ class Worker:
         self.create_topics = create_topics
         self.events = events
         self.wait_s = wait_s
+        self.relay = relay
         self.health_port = health_port
         self.health_host = health_host
         self._location = location
@@ -153,6 +161,7 @@ class Worker:
         self._config = dict(config or {})
         self._transport = transport
         self._loop: Loop | None = None
+        self._relay: Relay | None = None
         self._stop = 0
 
     def run(self, *, until_idle: bool = False) -> None:
@@ -202,9 +211,14 @@ class Worker:
                 if self.health_port is not None:
                     health = HealthServer(self.health_port, self.status, self.health_host)
                     health.start()
+                if self.relay:
+                    self._relay = Relay(transport, self.group, self.name, delivery, on_lost_offset=self.on_lost_offset)
+                    self._relay.start()
                 with stopping_on_signals(self.stop), _tuned():
                     self._loop.run(until_idle=until_idle)
             finally:
+                if self._relay is not None and not self._relay.stop(10):
+                    logger.warning("The relay of delayed messages did not end within 10 s and is left behind")
                 if health is not None:
                     health.stop()
                 if pool is not None:
@@ -218,6 +232,11 @@ class Worker:
     def stopping(self) -> int:
         """How often stop() was called."""
         return self._stop
+
+    def drains(self) -> None:
+        """Called by the loop when it begins to stop: the relay can do so meanwhile."""
+        if self._relay is not None:
+            self._relay.stop(0)
 
     def status(self) -> HealthStatus:
         """How it is doing. From any thread."""

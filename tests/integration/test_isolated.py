@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from kser import ConfigurationError, Message, Worker
+from kser import ConfigurationError, Message, Worker, headers
 from kser.confluent.producer import Producer
 from kser.errors import AbortedError, TaskCrashedError, TaskTimeoutError
 from kser.events import Event, OperationView, read
@@ -27,7 +27,6 @@ from kser.producer import BaseProducer
 from kser.transport import Record, TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker.pool import IsolatedPool, location_of
-from kser import headers
 from kser.worker.runner import Runner
 from tests.apps import isolated
 from tests.processes import environment, wait_for, worker

@@ -570,7 +570,7 @@ def test_a_delayed_task_runs_when_it_is_due(registry, transport, start):
         {"delay": "5"},
         {"delay": float("nan")},
         {"delay": 1e12},
-        {"at": datetime(2026, 1, 1)},  # noqa: DTZ001 - that is what is wrong with it
+        {"at": datetime(2026, 1, 1)},
         {"at": "tomorrow"},
         {"delay": 1, "at": datetime.now(UTC)},
     ],

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from kser.errors import ConfigurationError, ValidationError
 from kser.transport import Partition, Position
-from kser.worker.offsets import METADATA_BYTES, Committed, Parked, PartitionState, decode, encode
+from kser.worker.offsets import METADATA_BYTES, Committed, PartitionState, decode, encode
 
 OF = Partition("work", 0)
 

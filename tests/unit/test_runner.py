@@ -8,12 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kser import ConfigurationError, Controller, Entrypoint, Message, Operation, OperationRegistry, Result, Task
+from kser import (
+    ConfigurationError,
+    Controller,
+    Entrypoint,
+    Message,
+    Operation,
+    OperationRegistry,
+    Result,
+    Task,
+    headers,
+)
 from kser.context import current_delivery, derive_uuid
 from kser.errors import InternalError
 from kser.events import Event, EventType
 from kser.sequencing.itinerary import METADATA_KEY
-from kser import headers
 from kser.worker.runner import Runner
 from tests.unit.fakes import Group, raw, record
 
