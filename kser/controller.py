@@ -168,11 +168,14 @@ class Controller(BaseController):
 
     @classmethod
     def reject(cls, raw: str | bytes | None, exc: Exception) -> Result:
-        """The failed Result of something that is no message, after logging it."""
+        """The failed Result of something that is no message, after logging it.
+
+        It has the uuid of ``raw`` when that much of it can be read, else a random one.
+        """
         result = results.from_exception(exc, "")
         extra = getattr(exc, "extra", None)
         uuid = extra.get("uuid") if isinstance(extra, dict) else None
-        result.uuid = uuid if isinstance(uuid, str) and uuid else Result().uuid
+        result.uuid = uuid if isinstance(uuid, str) and uuid else _uuid_in(raw) or Result().uuid
         why = f"{exc} {exc.extra}" if isinstance(exc, Error) and exc.extra else exc
         cls._logger.error(
             "%s.ImportError: Failed to load data from kafka: %s",
@@ -202,6 +205,15 @@ class Controller(BaseController):
 
 
 _SHOWN = 2048
+
+
+def _uuid_in(raw: Any) -> str:
+    """The uuid that data names which is no whole message; "" when it names none."""
+    with contextlib.suppress(ValidationError):
+        data = parse(raw)
+        if isinstance(data, dict) and isinstance(data.get("uuid"), str):
+            return str(data["uuid"])
+    return ""
 
 
 def _excerpt(raw: Any) -> str:

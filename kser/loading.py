@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import os
 import sys
 import sysconfig
 import traceback
@@ -289,8 +290,12 @@ def _split(target: str) -> tuple[str, str]:
     if not colon or "/" in attribute or "\\" in attribute:  # C:\app.py has no attribute
         return target, ""
     if not path:
-        raise ConfigurationError(f"{target!r} names no module: write MODULE_OR_FILE:REGISTRY, as in app.py:registry")
+        raise _no_module(target)
     return path, attribute
+
+
+def _no_module(target: str) -> ConfigurationError:
+    return ConfigurationError(f"{target!r} names no module: write MODULE_OR_FILE:REGISTRY, as in app.py:registry")
 
 
 def _is_file(path: str) -> bool:
@@ -298,11 +303,13 @@ def _is_file(path: str) -> bool:
 
 
 def _import_module(name: str) -> ModuleType:
+    if not all(name.split(".")):  # importlib takes dots in front for a relative name, and an empty one for a fault
+        raise _no_module(name)
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as exc:
         if exc.name is not None and (name == exc.name or name.startswith(f"{exc.name}.")):
-            hint = f"; for the file write {name}.py" if Path(f"{name}.py").exists() else ""
+            hint = f"; for the file write {name}.py" if os.path.exists(f"{name}.py") else ""  # noqa: PTH110 - never raises
             raise ConfigurationError(
                 f"There is no module {exc.name} in {Path.cwd()} or on Python's path{hint}"
             ) from exc
@@ -314,7 +321,9 @@ def _import_module(name: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
+    if os.path.isdir(path):  # noqa: PTH112 - unlike Path's it never raises, whatever was typed
+        raise ConfigurationError(f"{path.absolute()} is a directory: name a file in it, as in {path}/app.py:registry")
+    if not os.path.isfile(path):  # noqa: PTH113
         raise ConfigurationError(f"There is no file {path.absolute()}")
     path = path.resolve()
     root, name = _place(path)
@@ -380,6 +389,8 @@ def _only(module: ModuleType, path: str) -> OperationRegistry:
     different = {id(registry): registry for registry in found.values()}
     if len(different) == 1:
         return next(iter(different.values()))
+    if not found and getattr(module, "__file__", None) is None and hasattr(module, "__path__"):
+        raise ConfigurationError(f"{path} is a directory: name a module in it, as in {path}.app:registry")
     if not found:
         raise ConfigurationError(f"{path} has no OperationRegistry: make one, registry = OperationRegistry()")
     raise ConfigurationError(

@@ -4,9 +4,11 @@ import logging
 import sys
 from typing import IO
 
-__all__ = ["FORMAT", "configure", "tell_all"]
+__all__ = ["FORMAT", "FORMAT_OF_SEVERAL", "configure", "name_process", "tell_all"]
 
 FORMAT = "%(asctime)s %(levelname)-8s %(message)s"
+#: Where several processes write into one terminal or file.
+FORMAT_OF_SEVERAL = "%(asctime)s %(levelname)-8s %(process)d %(message)s"
 
 #: What these say of a broker that does not answer, a command's own error line tells as well.
 _TOLD_BY_COMMANDS = ("kser.producer", "kser.confluent")
@@ -39,6 +41,13 @@ def configure(level: str, *, chosen: bool = True) -> None:
     quiet = not chosen and level.upper() == "WARNING"
     for name in _TOLD_BY_COMMANDS:
         logging.getLogger(name).setLevel(logging.CRITICAL if quiet else logging.NOTSET)
+
+
+def name_process() -> None:
+    """From now on each line has the number of this process in it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _StderrHandler):
+            handler.setFormatter(logging.Formatter(FORMAT_OF_SEVERAL))
 
 
 def tell_all() -> None:

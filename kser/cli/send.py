@@ -27,6 +27,12 @@ __all__ = ["NO_TOPIC", "send", "tell_sent"]
 NO_TOPIC = "No topic is named: add --topic NAME, set KSER_TOPIC, or list one under `topics:` in --config-file"
 
 
+def _named(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    if not value.strip():
+        raise click.BadParameter(f"{value!r}: write the name of a task, as `kser tasks` shows it", ctx, param)
+    return value
+
+
 @click.command(
     "send",
     short_help="Send one message to a task, by its name.",
@@ -35,7 +41,7 @@ NO_TOPIC = "No topic is named: add --topic NAME, set KSER_TOPIC, or list one und
         "kser send shop.tasks.Charge --topic shop --params @order.json --format json",
     ),
 )
-@click.argument("entrypoint")
+@click.argument("entrypoint", callback=_named)
 @topic_option
 @params_option
 @option("--uuid", metavar="TEXT", help="Identifies the task; the same again when it is sent again.  [default: random]")

@@ -59,6 +59,10 @@ def _topic_options(partitions_help: str, replication_help: str) -> Decorator:
     invoke_without_command=True,
     subcommand_metavar="COMMAND [ARGS]...",
     short_help="Create or check the topics of a group.",
+    epilog=example(
+        "kser topics create --group shop --topics shop:6,mails:3",
+        "kser topics check --group shop --topics shop:6,mails:3",
+    ),
 )
 @click.pass_context
 def topics(ctx: click.Context) -> None:

@@ -1,5 +1,6 @@
 """An operation followed by its events: a line a step, and its end as an exit code."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,8 +35,11 @@ class Deadline:
 
     @property
     def left(self) -> float:
-        """Seconds left; never negative, infinite without a limit."""
-        return float("inf") if self._end is None else max(self._end - time.monotonic(), 0.0)
+        """Seconds left, in hundredths, rounded up; never negative, infinite without a limit.
+
+        It becomes the timeout of calls, and their errors repeat it: 2.0 s is told, and not 1.99998 s.
+        """
+        return float("inf") if self._end is None else max(math.ceil((self._end - time.monotonic()) * 100) / 100, 0.0)
 
 
 def watch(

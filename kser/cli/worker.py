@@ -12,6 +12,7 @@ from typing import Any, get_args
 import click
 from click.core import ParameterSource
 
+from kser.cli import logs
 from kser.cli.connection import Connection
 from kser.cli.errors import CommandFailed
 from kser.cli.options import (
@@ -190,6 +191,7 @@ def count(*names: str, default: int, note: str) -> Decorator:
     is_flag=True,
     help="Stop when stdin ends or brings a byte: for a parent that must leave no worker behind.",
 )
+@option("--log-process", is_flag=True, help="Log lines name the process; --processes does it for its own.")
 @kafka_options
 @log_level_option("info")
 def worker(
@@ -203,6 +205,7 @@ def worker(
     health_host: str,
     group_protocol: str | None,
     stop_with_stdin: bool,
+    log_process: bool,
     connection: Connection,
     concurrency: int,
     isolated: int,
@@ -219,6 +222,8 @@ def worker(
     worker took this one's name, 4 tasks were left running when --drain was over.
     With --processes: 0, or the code of the first process that ended otherwise.
     """  # noqa: D301 - click wants the character
+    if log_process:
+        logs.name_process()
     _choose_protocol(connection, group_protocol)
     config, named = connection.config, connection.topics(topics)
     loaded = load(registry)
@@ -291,7 +296,7 @@ def _commands(processes: int, name: str | None, health: int | None) -> list[list
     end = given.index("--") if "--" in given else len(given)
     commands = []
     for number in range(processes):
-        own = ["--stop-with-stdin"]
+        own = ["--stop-with-stdin", "--log-process"]
         if name is not None:
             own += ["--name", f"{name}-{number}"]
         if health is not None:

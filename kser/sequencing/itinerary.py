@@ -55,15 +55,7 @@ class Entry(NamedTuple):
     @classmethod
     def load(cls, data: Any) -> Self:
         """The entry in ``data``. Raises ItineraryError."""
-        return cls(
-            uuid=_get(data, "uuid", str),
-            entrypoint=_get(data, "entrypoint", str),
-            params=_get(data, "params", dict, {}),
-            topic=_get(data, "topic", str, None),
-            key=_get(data, "key", str, None),
-            metadata=_get(data, "metadata", dict, {}),
-            tasks=_get(data, "tasks", list, None),
-        )
+        return cls._make(_fields(data, None))
 
 
 class Frame(NamedTuple):
@@ -92,15 +84,7 @@ class Frame(NamedTuple):
     @classmethod
     def load(cls, data: Any) -> Self:
         """The frame in ``data``. Raises ItineraryError."""
-        return cls(
-            uuid=_get(data, "uuid", str),
-            entrypoint=_get(data, "entrypoint", str),
-            params=_get(data, "params", dict, {}),
-            topic=_get(data, "topic", str, None),
-            key=_get(data, "key", str, None),
-            metadata=_get(data, "metadata", dict, {}),
-            tasks=_get(data, "tasks", list, []),
-        )
+        return cls._make(_fields(data, []))
 
 
 class End(NamedTuple):
@@ -263,6 +247,19 @@ def key_bytes(key: str) -> bytes:
 
 
 _REQUIRED: Any = object()
+
+
+def _fields(data: Any, tasks: list[Any] | None) -> tuple[Any, ...]:
+    """The fields of an Entry or a Frame in their order, ``tasks`` where there are none. Raises ItineraryError."""
+    return (
+        _get(data, "uuid", str),
+        _get(data, "entrypoint", str),
+        _get(data, "params", dict, {}),
+        _get(data, "topic", str, None),
+        _get(data, "key", str, None),
+        _get(data, "metadata", dict, {}),
+        _get(data, "tasks", list, tasks),
+    )
 
 
 def _get(data: Any, name: str, kind: type, default: Any = _REQUIRED) -> Any:

@@ -86,6 +86,7 @@ OPTIONS = [
     ("--isolated", "4", "isolated", 4, 2),
     ("--drain", "1.5", "drain_s", 1.5, 30),
     ("--health", "8081", "health_port", 8081, None),
+    ("--health-host", "0.0.0.0", "health_host", "0.0.0.0", "127.0.0.1"),
     ("--on-lost-offset", "earliest", "on_lost_offset", "earliest", "stop"),
     ("--max-in-flight", "9", "max_in_flight", 9, 4000),
     ("--max-bytes", "2MiB", "max_bytes", 2 * 1024**2, 64 * 1024**2),
@@ -184,14 +185,14 @@ def test_a_worker_whose_name_was_taken_ends_with_3(run, made):
 @pytest.mark.parametrize(
     ("given", "name", "health", "first"),
     [
-        ("worker a --topics t --processes 2", None, None, "worker a --topics t --stop-with-stdin"),
-        ("worker --processes=2 a", "w", None, "worker a --stop-with-stdin --name w-0"),
-        ("worker a --name w", "w", 80, "worker a --name w --stop-with-stdin --name w-0 --health 80"),
+        ("worker a --topics t --processes 2", None, None, "worker a --topics t --stop-with-stdin --log-process"),
+        ("worker --processes=2 a", "w", None, "worker a --stop-with-stdin --log-process --name w-0"),
+        ("worker a --name w", "w", 80, "worker a --name w --stop-with-stdin --log-process --name w-0 --health 80"),
         (
             "--log-level debug worker --processes 2 -- a",
             "w",
             None,
-            "--log-level debug worker --stop-with-stdin --name w-0 -- a",
+            "--log-level debug worker --stop-with-stdin --log-process --name w-0 -- a",
         ),
     ],
 )
@@ -315,6 +316,9 @@ def test_processes_share_the_group_and_drain_though_a_signal_reaches_all_of_them
         os.kill(pid, signal.SIGTERM)
     assert parent.wait(30) == 0, place.said()
     assert place.said().count("Worker.Stopped: 1 done") == 1
+    for pid in place.pids():  # lines of several processes in one log can be told apart
+        assert re.search(rf"^\S+ \S+ INFO     {pid} Worker\.Starting\.\.\. ", place.said(), re.M), place.said()
+    assert re.search(r"^\S+ \S+ INFO     Process 0 started: ", place.said(), re.M)
     assert all(has_ended(pid) for pid in place.pids())
 
 

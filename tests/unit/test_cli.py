@@ -21,6 +21,7 @@ from rich.console import Console
 from kser import Message, Result, Worker
 from kser.cli import demo as demo_module
 from kser.cli import errors, watch
+from kser.cli import worker as worker_command
 from kser.cli.connection import Drivers, parse_topic
 from kser.cli.demo_table import TableView
 from kser.cli.demo_view import DemoView
@@ -174,7 +175,7 @@ COMMANDS = dict(all_commands())
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [(), *COMMANDS])
+@pytest.mark.parametrize("path", [(), ("topics",), *COMMANDS])
 def test_help_of_each_command_has_an_example_to_copy(run, path):
     result = run(*path, "--help")
     assert result.exit_code == 0
@@ -203,6 +204,43 @@ def test_the_examples_of_the_help_are_commands_that_exist():
             assert name in COMMANDS, (path, line)
             known = {flag for option in COMMANDS[name].params for flag in (*option.opts, *option.secondary_opts)}
             assert {word for word in words if word.startswith("--")} <= known, line
+
+
+COMMANDS_PAGE = (Path(__file__).resolve().parents[2] / "docs" / "commands.md").read_text("utf-8")
+
+
+def section_of_the_page(title):
+    """What docs/commands.md says below this heading."""
+    [found] = re.findall(rf"^## {title}$(.*?)(?=^## |\Z)", COMMANDS_PAGE, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def options_in(section):
+    """Each option of the tables of a section, and the rest of its row."""
+    rows = re.findall(r"^\| (`-.*)$", section, re.MULTILINE)
+    return {name: row for row in rows for name in re.findall(r"`(-[-\w]+)[^`]*`", row.split(" | ")[0])}
+
+
+@pytest.mark.parametrize("path", list(COMMANDS))
+def test_the_page_of_the_commands_has_each_option_and_no_other(path):
+    shared = options_in(section_of_the_page("Options of many commands"))
+    own = options_in(section_of_the_page(" ".join(("kser", *path))))
+    there = [option for option in COMMANDS[path].params if isinstance(option, click.Option)]
+    names = {name for option in there for name in (*option.opts, *option.secondary_opts)}
+    assert set(own) | (names & set(shared)) == names
+    assert not set(own) & set(shared)
+    for option in there:  # a default that the help shows is the one of the page
+        if option.opts[0] in own and option.show_default and not isinstance(option.default, bool):
+            assert own[option.opts[0]].split(" | ")[1].strip("`") == str(option.default)
+
+
+def test_the_page_of_the_commands_has_a_section_for_each_and_every_exit_code():
+    titles = re.findall(r"^## kser (.*)$", COMMANDS_PAGE, re.MULTILINE)
+    assert sorted(titles) == sorted(" ".join(path) for path in COMMANDS)
+    exit_code = re.compile(r"^\| (\d+) \|", re.MULTILINE)
+    assert exit_code.findall(section_of_the_page("Exit codes")) == ["0", "1", "2", str(errors.INTERRUPTED)]
+    codes = [0, errors.FAILED, errors.MISUSE, worker_command.TWIN, worker_command.LEFT]
+    assert exit_code.findall(section_of_the_page("kser worker")) == list(map(str, codes))
 
 
 @pytest.mark.parametrize("path", [(), ("topics",)])
@@ -240,6 +278,8 @@ def test_python_m_kser_is_the_command_too():
     [
         (["sned"], "'sned'"),
         (["send"], "Missing argument 'ENTRYPOINT'"),
+        (["send", "", "--topic", "t", *SERVERS], "'': write the name of a task, as `kser tasks` shows it"),
+        (["send", " \n", "--topic", "t", *SERVERS], "' \\n': write the name of a task"),
         (["send", "x", "--frob"], "--frob"),
         (["send", "x", *SERVERS], "No topic is named: add --topic"),
         (["send", "x", "--topic", "t"], "No broker is named: add --bootstrap-servers HOST:PORT"),
@@ -256,7 +296,23 @@ def test_python_m_kser_is_the_command_too():
         (["worker", "nowhere.py", "--topics", "t"], "No broker is named"),
         (["worker", "nowhere.py", "--topics", " , ", *SERVERS], "has no name in it"),
         (["tasks", "no_such_module_here"], "There is no module no_such_module_here in "),
-        (["tasks", ":registry"], "names no module"),
+        (["tasks", ":registry"], "':registry' names no module: write MODULE_OR_FILE:REGISTRY"),
+        (["tasks", ":x"], "':x' names no module"),
+        (["tasks", ""], "'' names no module: write MODULE_OR_FILE:REGISTRY, as in app.py:registry"),
+        (["tasks", ":"], "':' names no module"),
+        (["tasks", "."], "'.' names no module"),
+        (["tasks", ".."], "'..' names no module"),
+        (["tasks", ".app:registry"], "'.app' names no module"),
+        (["tasks", "app.:registry"], "'app.' names no module"),
+        (["tasks", "a..b"], "'a..b' names no module"),
+        (["tasks", "x" * 5000], "There is no module xxx"),
+        (["tasks", "x" * 5000 + ".py"], "There is no file /"),
+        (["tasks", "/dev/null"], "There is no file /dev/null"),
+        (["tasks", "\udcff"], "There is no module \\udcff"),
+        (["tasks", "json:"], "json has no OperationRegistry"),
+        (["tasks", "json:."], "json has no .; it has no OperationRegistry at all"),
+        (["launch", ".", "Order", "--topic", "t", *SERVERS], "'.' names no module"),
+        (["worker", "", "--topics", "t", *SERVERS], "'' names no module"),
         (["topics", "check", "--topics", "a:x", *SERVERS], "'a:x': write name:partitions, as in orders:6"),
         (["topics", "create", "--topics", "a:0", *SERVERS], "'a:0': write name:partitions"),
         (["broker", "--topic", "a:"], "'a:': write name:partitions"),
@@ -521,6 +577,27 @@ def test_a_file_named_like_a_loaded_module_is_refused(run, app):
     assert sys.modules["json"] is json
 
 
+@pytest.mark.parametrize("package", [True, False])
+def test_a_directory_is_told_from_a_module_and_a_file(run, app, tmp_path, package):
+    name = f"shop_{uuid.uuid4().hex[:8]}"
+    (tmp_path / name).mkdir()
+    if package:
+        (tmp_path / name / "__init__.py").touch()
+    for given in (f"{name}/", f"./{name}", str(tmp_path / name), f"{name}/:registry"):
+        result = run("tasks", given)
+        assert result.exit_code == 2
+        folder = tmp_path / name
+        assert error_line(result).startswith(f"{folder} is a directory: name a file in it, as in ")
+        assert error_line(result).endswith(f"{name}/app.py:registry")
+    result = run("tasks", name)
+    assert result.exit_code == 2
+    assert error_line(result) == (
+        f"{name} has no OperationRegistry: make one, registry = OperationRegistry()"
+        if package
+        else f"{name} is a directory: name a module in it, as in {name}.app:registry"
+    )
+
+
 def test_a_module_that_is_only_a_file_here_is_hinted_at(run, app):
     app("registry = 1", "half-way.py")
     assert error_line(run("tasks", "half-way.missing")).startswith("There is no module half-way")
@@ -684,6 +761,35 @@ def test_launch_of_what_cannot_be_built_says_why_and_sends_nothing(run, app, bro
     assert result.exit_code == code
     assert said in error_line(result)
     assert broker.records("shop") == []
+
+
+def test_the_time_that_is_left_is_told_in_hundredths_of_a_second(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    deadline = watch.Deadline(2)
+    left = []
+    for passed in (0, 1e-5, 0.0123, 1.9999, 2, 3):
+        now = 1000.0 + passed
+        left.append(deadline.left)
+    assert left == [2, 2, 1.99, 0.01, 0, 0]
+    assert watch.Deadline(None).left == float("inf")
+
+
+def test_launch_that_is_not_confirmed_in_time_says_so_without_a_tail_of_digits(run, app, drivers):
+    class Silent(BaseProducer):
+        def __init__(self):
+            super().__init__(MemoryTransport().sink())
+
+        def send(self, topic, kmsg, timeout=60, *, key=None):
+            return Result(retcode=503, stderr=f"no answer within {timeout} s", uuid=kmsg.uuid)
+
+    class Mute(type(drivers)):
+        def __init__(self):
+            super().__init__(drivers.transport, lambda config: Silent())
+
+    args = ["launch", app(), "Order", "--topic", "shop", "--params", '{"amount": 3}', "--timeout", "2", *SERVERS]
+    line = error_line(run(*args, obj=Mute()))
+    assert re.search(r"no answer within [12]\.\d\d? s$", line)
 
 
 def test_launch_that_is_not_confirmed_fails_with_the_reason(run, app, broker):

@@ -200,6 +200,45 @@ def test_k75_t20_a_message_that_cannot_be_read(registry, caplog, bad):
     assert logged.name == "kser.controller"
 
 
+@pytest.mark.parametrize(
+    ("bad", "uuid"),
+    [
+        ('{"uuid": "U"}', "U"),
+        ('{"uuid": "U", "entrypoint": ""}', "U"),
+        (b'{"uuid": "U", "entrypoint": "e", "params": [1]}', "U"),
+        ('{"uuid": "U", "entrypoint": "e", "result": {"retcode": "x"}}', "U"),
+        # NaN and long numbers are read by another library.
+        ('{"uuid": "U", "entrypoint": 12345678901234567890, "params": NaN}', "U"),
+        ('{"uuid": "", "entrypoint": "e"}', None),
+        ('{"uuid": ["U"], "entrypoint": "e"}', None),
+        ('{"uuid": 5, "entrypoint": "e"}', None),
+        ('["U"]', None),
+        ("", None),
+    ],
+)
+def test_k37_k80_a_message_that_is_refused_keeps_the_uuid_that_it_names(registry, bad, uuid):
+    """Else one of its Results could not be told to belong to it; what names none gets a random one."""
+    first, second = registry.controller.run(bad), registry.controller.run(bad)
+    assert (first.retcode, second.retcode) == (400, 400)
+    assert isinstance(first.uuid, str)
+    assert first.uuid
+    if uuid is not None:
+        assert first.uuid == second.uuid == uuid
+    else:
+        assert first.uuid != second.uuid
+
+
+def test_k37_the_uuid_of_a_message_whose_transport_raised_is_kept(registry):
+    class Sealed(Message):
+        @classmethod
+        def loads(cls, data):
+            raise OSError("no key")
+
+    registry.controller.TRANSPORT = Sealed
+    assert registry.controller.run('{"uuid": "U", "entrypoint": "e"}').uuid == "U"
+    assert registry.controller.run(b"\x00sealed").uuid
+
+
 def test_k75_an_entrypoint_nobody_registered(registry, caplog):
     registry.subscribe(name="known")(type("Known", (Roll,), {}))
     result = registry.controller.run(raw("u", "unknown"))
