@@ -92,20 +92,22 @@ OPTIONS = [
     ("--max-bytes", "2MiB", "max_bytes", 2 * 1024**2, 64 * 1024**2),
     ("--max-poll-records", "7", "max_poll_records", 7, 500),
     ("--events", "none", "events", False, True),
+    ("--wait", "60.5", "wait_s", 60.5, 900),
 ]
 
 
 def test_each_option_is_a_setting_of_the_worker(run, made):
     typed = [word for option, value, *_ in OPTIONS for word in (option, value)]
-    assert run(*typed, "--no-create-topics", "--group", "g").exit_code == 0
+    assert run(*typed, "--no-create-topics", "--no-relay", "--group", "g").exit_code == 0
     set_ = {"KSER_" + option[2:].upper().replace("-", "_"): value for option, value, *_ in OPTIONS}
-    assert run(env={**set_, "KSER_CREATE_TOPICS": "false", "KSER_GROUP": "g"}).exit_code == 0
+    assert run(env={**set_, "KSER_CREATE_TOPICS": "false", "KSER_RELAY": "0", "KSER_GROUP": "g"}).exit_code == 0
     assert run().exit_code == 0
     for keywords in made.made:
         del keywords["transport"]
     fixed = {"topics": ["t"], "location": DICE}
-    told = {keyword: value for _, _, keyword, value, _ in OPTIONS} | fixed | {"create_topics": False, "group": "g"}
-    default = {keyword: value for *_, keyword, _, value in OPTIONS} | fixed | {"create_topics": True, "group": "kser"}
+    switched, usual = {"create_topics": False, "relay": False}, {"create_topics": True, "relay": True}
+    told = {keyword: value for _, _, keyword, value, _ in OPTIONS} | fixed | switched | {"group": "g"}
+    default = {keyword: value for *_, keyword, _, value in OPTIONS} | fixed | usual | {"group": "kser"}
     assert made.made == [told, told, default]
 
 
@@ -203,6 +205,7 @@ def test_a_child_gets_the_command_of_its_parent_with_a_name_and_a_port_of_its_ow
     monkeypatch.setenv("KSER_PROCESSES", "2")
     one, two = command._commands(2, name, health)
     assert one == [sys.executable, "-m", "kser", *first.split()]
+    assert two.pop(two.index("--no-relay"))  # one of them is enough
     assert two == [word.replace("w-0", "w-1") if word != "80" else "81" for word in one]
     assert "KSER_PROCESSES" not in os.environ  # else the children would have children
 
