@@ -141,6 +141,9 @@ class ConfluentSource:
         self._next: dict[tuple[str, int], int] = {}
         self._lost: dict[tuple[str, int], OffsetLostError] = {}
         self._paused: set[tuple[str, int]] = set()
+        #: Under KIP-848: partitions that came just now, and until when nothing is given of them; for how long that is.
+        self._unsure: dict[tuple[str, int], float] = {}
+        self._sure_s: float | None = None
         #: Assigned during the current consume() call.
         self._just_assigned: set[tuple[str, int]] = set()
         #: What a callback raised or the client reported, for the next poll().
@@ -268,6 +271,8 @@ class ConfluentSource:
         if self._watch is not None and self._watch.due:
             self._look(self._watch)
             self._raise_failure()
+        if self._unsure:
+            self._give_sure()
         end = time.monotonic() + timeout_s
         left = max(timeout_s, 0.0)
         while True:
@@ -465,6 +470,7 @@ class ConfluentSource:
         keys = {key for p in partitions if (key := (p[0], p[1])) in self._next}
         if keys:
             self._paused -= keys
+            keys -= self._unsure.keys()
             with kafka_errors(f"Resuming partitions of group {self.group}"):
                 self._consumer.resume([TopicPartition(*key) for key in keys])
 
@@ -588,8 +594,8 @@ class ConfluentSource:
                 self._consumer.assign(
                     [target, *(TopicPartition(*k, offset=o) for k, o in self._next.items() if k != (topic, partition))]
                 )
-            if self._paused:
-                self._consumer.pause([TopicPartition(*key) for key in self._paused])
+            if silent := self._paused | self._unsure.keys():
+                self._consumer.pause([TopicPartition(*key) for key in silent])
 
     def _go_back(self) -> None:
         """After a poll that ended in an exception (a signal handler's): give again what the caller never got."""
@@ -638,6 +644,32 @@ class ConfluentSource:
                 self._consumer.assign(targets)
             # librdkafka keeps a pause over revocation and a new assignment.
             self._consumer.resume([TopicPartition(*key) for key in keys])
+            self._make_sure(keys)
+
+    def _make_sure(self, keys: list[tuple[str, int]]) -> None:
+        """Give nothing of new partitions before the coordinator had the time to say that it thinks otherwise.
+
+        Only under KIP-848: a heartbeat that is sent while partitions are taken over says that there are none. Has the
+        coordinator given them to another member meanwhile, it lets that one have them at once, and this one learns of
+        it with its next heartbeat. Until then both would run their records and commit, and nobody would refuse it:
+        TxnOffsetCommit checks the member, not the partition (seen on Apache Kafka 4.3.1: 52 records doubled).
+        """
+        if self._watch is None or not self._admin.can_create(_QUESTION_S):  # the embedded broker has no transactions
+            return
+        if self._sure_s is None:
+            self._sure_s = 1.25 * self._admin.heartbeat_interval_s(self.group)
+        self._unsure.update(dict.fromkeys(keys, time.monotonic() + self._sure_s))
+        self._consumer.pause([TopicPartition(*key) for key in keys])
+
+    def _give_sure(self) -> None:
+        """Give records of those partitions that nobody took back."""
+        now = time.monotonic()
+        sure = {key for key, until in self._unsure.items() if until <= now}
+        if sure:
+            for key in sure:
+                del self._unsure[key]
+            with kafka_errors(f"Resuming partitions of group {self.group}"):
+                self._consumer.resume([TopicPartition(*key) for key in sure - self._paused if key in self._next])
 
     def _starts(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
         """Where to start partitions for which the listener gave no position: the committed offset, or the start."""
@@ -711,6 +743,7 @@ class ConfluentSource:
             self._next.pop(key, None)
             self._lost.pop(key, None)
             self._paused.discard(key)
+            self._unsure.pop(key, None)
             self._just_assigned.discard(key)
 
     def _guarded(self, callback: Callable[[Any], object], argument: object) -> None:
