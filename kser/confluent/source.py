@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from confluent_kafka import (
@@ -23,6 +24,7 @@ from kser.confluent.aside import Aside
 from kser.confluent.config import Start, is_incremental, new_client
 from kser.confluent.errors import LOST, is_fatal, kafka_error, kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState, logger
+from kser.confluent.membership import HeartbeatLog, Watch, groups_of
 from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError, ValidationError
 from kser.transport import DeliveryCallback, GroupMember, Partition, Position, RebalanceListener, Record
 
@@ -42,10 +44,14 @@ _NAME_LOG_S: Final = 10.0
 _NAME_SESSIONS: Final = 3
 #: How long the client of such a try may take to end.
 _NAME_CLOSE_S: Final = 2.0
+#: How long the client of a member that joins anew may take to leave.
+_LEAVE_S: Final = 5.0
 #: How group metadata begins: its mark, then the generation (KIP-848: the member epoch) in the machine's byte order.
 #: Source: rd_kafka_consumer_group_metadata_write() of librdkafka.
 _METADATA_MARK: Final = b"CGMDv2:"
 _GENERATION: Final = struct.Struct("=i")
+
+_Callback = Callable[[Consumer, list[TopicPartition]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +125,25 @@ class ConfluentSource:
         self._rebalance_s = float(config.get("max.poll.interval.ms", 300_000)) / 2000
         #: Told by _on_commit(), in the order of the requests.
         self._committing: deque[DeliveryCallback] = deque()
-        self._consumer = new_client(Consumer, {**config, "on_commit": self._on_commit}, self._state)
+        #: Which client this is: it is replaced when the member joins anew.
+        self._life = 0
+        #: Under KIP-848: whether an answer of the coordinator was missed.
+        self._watch: Watch | None = None
+        if config.get("group.protocol") == "consumer":
+            self._watch = Watch(self.group, partial(groups_of, admin))
+            self._state.quiet = HeartbeatLog(self._watch.lost)
+            # What it listens to are lines of level 5.
+            self._config["log_level"] = max(int(config.get("log_level", 6)), 5)
+        self._consumer = self._new_consumer()
         self._aside = Aside()
         self._listener: RebalanceListener | None = None
         #: Partitions owned, and the lowest offset that may still be given of each; negative is a librdkafka mark.
         self._next: dict[tuple[str, int], int] = {}
         self._lost: dict[tuple[str, int], OffsetLostError] = {}
         self._paused: set[tuple[str, int]] = set()
+        #: Under KIP-848: partitions that came just now, and until when nothing is given of them; for how long that is.
+        self._unsure: dict[tuple[str, int], float] = {}
+        self._sure_s: float | None = None
         #: Assigned during the current consume() call.
         self._just_assigned: set[tuple[str, int]] = set()
         #: What a callback raised or the client reported, for the next poll().
@@ -137,6 +155,15 @@ class ConfluentSource:
         #: A poll ended in an exception: what the client had given out by then never reached the caller.
         self._rewind = False
         self._closed = False
+
+    def _new_consumer(self) -> Consumer:
+        """A client, and nothing of the commits of the one before it."""
+        self._life += 1
+        committing: deque[DeliveryCallback] = deque()
+        self._committing = committing
+        return new_client(
+            Consumer, {**self._config, "on_commit": partial(_on_commit, self.group, committing)}, self._state
+        )
 
     # -- the group -----------------------------------------------------------------------------------------------------
 
@@ -152,10 +179,41 @@ class ConfluentSource:
         self._subscribe()
 
     def _subscribe(self) -> None:
+        if self._watch is not None:
+            self._learn_topics()
         with kafka_errors(f"Subscribing group {self.group} to {', '.join(self._topics)}"):
             self._consumer.subscribe(
-                self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+                self._topics,
+                on_assign=self._of_this_life(self._on_assign),
+                on_revoke=self._of_this_life(self._on_revoke),
+                on_lost=self._of_this_life(self._on_lost),
             )
+
+    def _of_this_life(self, callback: _Callback) -> _Callback:
+        """Nothing that a client still tells once it was replaced is heard: it may take a while to leave."""
+        life = self._life
+
+        def heard(consumer: Consumer, partitions: list[TopicPartition]) -> None:
+            if life == self._life:
+                callback(consumer, partitions)
+
+        return heard
+
+    def _learn_topics(self) -> None:
+        """Under KIP-848: know the topics before the coordinator tells partitions of them.
+
+        It tells ids of topics. While the client asks for the name behind one, its heartbeats say that it has nothing,
+        so the coordinator may give to others at once what this member is about to read: seen with two members that
+        committed the same records, each in a transaction that was accepted. A try, for want of something better.
+        """
+        end = time.monotonic() + _QUESTION_S
+        for topic in self._topics:
+            if topic.startswith("^"):
+                continue
+            try:
+                self._consumer.list_topics(topic, timeout=max(end - time.monotonic(), _AGAIN_S))
+            except (KafkaException, RuntimeError) as exc:
+                logger.debug("Topic %s could not be looked at before joining group %s: %s", topic, self.group, exc)
 
     @property
     def joined(self) -> bool:
@@ -210,6 +268,11 @@ class ConfluentSource:
         if self._rewind:
             self._go_back()
         self._raise_lost()
+        if self._watch is not None and self._watch.due:
+            self._look(self._watch)
+            self._raise_failure()
+        if self._unsure:
+            self._give_sure()
         end = time.monotonic() + timeout_s
         left = max(timeout_s, 0.0)
         while True:
@@ -349,16 +412,46 @@ class ConfluentSource:
         if wait_s > timeout_s:
             return False
         held.again_at = None
-        refused, self._consumer = (
-            self._consumer,
-            new_client(Consumer, {**self._config, "on_commit": self._on_commit}, self._state),
-        )
+        refused, self._consumer = self._consumer, self._new_consumer()
         try:
             Aside().call(refused.close, _NAME_CLOSE_S)
         except (TimeoutError, KafkaException, RuntimeError) as exc:
             logger.info("Closing a consumer of group %s that did not join: %s", self.group, exc)
         self._subscribe()
         return True
+
+    # -- a member that missed what the coordinator told it (see membership.py) -----------------------------------------
+
+    def _look(self, watch: Watch) -> None:
+        if self.joined and watch.look():
+            self._join_anew()
+
+    def _join_anew(self) -> None:
+        """Let go of everything, as in a rebalance, leave, and join with a new client."""
+        logger.warning(
+            "Leaving group %s and joining it anew: the answer to a heartbeat was lost, and the group does not come to "
+            "rest since then",
+            self.group,
+        )
+        owned, committing = self.assignment(), self._committing
+        if owned and self._listener is not None:
+            self._guarded(self._listener.on_revoke, owned)  # still a member, so it can commit
+        self._forget([(p.topic, p.partition) for p in owned])
+        gone = GroupError(f"Group {self.group} was left before it was known whether the offsets were stored")
+        while committing:  # before the other thread below can tell them anything
+            _tell(committing.popleft(), gone)
+        left, self._consumer = self._consumer, self._new_consumer()
+        try:
+            Aside().call(left.close, _LEAVE_S)
+        except TimeoutError:
+            logger.warning("The consumer of group %s took over %g s to leave and is left behind", self.group, _LEAVE_S)
+        except (KafkaException, RuntimeError) as exc:
+            logger.warning("Closing a consumer of group %s: %s", self.group, exc)
+        self._aside.close()  # a commit that still runs there is of the client that left
+        self._aside = Aside()
+        if self._watch is not None:
+            self._watch.start_over()
+        self._subscribe()
 
     # -- positions -----------------------------------------------------------------------------------------------------
 
@@ -377,6 +470,7 @@ class ConfluentSource:
         keys = {key for p in partitions if (key := (p[0], p[1])) in self._next}
         if keys:
             self._paused -= keys
+            keys -= self._unsure.keys()
             with kafka_errors(f"Resuming partitions of group {self.group}"):
                 self._consumer.resume([TopicPartition(*key) for key in keys])
 
@@ -461,17 +555,6 @@ class ConfluentSource:
             self._consumer.commit(offsets=to_offsets(owned), asynchronous=True)
         self._committing.append(on_stored)
 
-    def _on_commit(self, error: KafkaError | None, partitions: list[TopicPartition]) -> None:
-        """Called by the client inside poll(); nothing may be raised."""
-        if not self._committing:
-            return
-        on_stored = self._committing.popleft()
-        error = error or next((t.error for t in partitions if t.error is not None), None)
-        try:
-            on_stored(None if error is None else translate(error, f"Committing offsets of group {self.group}"))
-        except Exception:  # noqa: BLE001 - the caller's code
-            logger.exception("on_stored %r raised", on_stored)
-
     def watermarks(self, partition: Partition, timeout_s: float = 10) -> tuple[int, int]:
         """See Source. While a transaction is open in the partition, the second is the offset of its first record."""
         self._check_open()
@@ -511,8 +594,8 @@ class ConfluentSource:
                 self._consumer.assign(
                     [target, *(TopicPartition(*k, offset=o) for k, o in self._next.items() if k != (topic, partition))]
                 )
-            if self._paused:
-                self._consumer.pause([TopicPartition(*key) for key in self._paused])
+            if silent := self._paused | self._unsure.keys():
+                self._consumer.pause([TopicPartition(*key) for key in silent])
 
     def _go_back(self) -> None:
         """After a poll that ended in an exception (a signal handler's): give again what the caller never got."""
@@ -561,6 +644,32 @@ class ConfluentSource:
                 self._consumer.assign(targets)
             # librdkafka keeps a pause over revocation and a new assignment.
             self._consumer.resume([TopicPartition(*key) for key in keys])
+            self._make_sure(keys)
+
+    def _make_sure(self, keys: list[tuple[str, int]]) -> None:
+        """Give nothing of new partitions before the coordinator had the time to say that it thinks otherwise.
+
+        Only under KIP-848: a heartbeat that is sent while partitions are taken over says that there are none. Has the
+        coordinator given them to another member meanwhile, it lets that one have them at once, and this one learns of
+        it with its next heartbeat. Until then both would run their records and commit, and nobody would refuse it:
+        TxnOffsetCommit checks the member, not the partition (seen on Apache Kafka 4.3.1: 52 records doubled).
+        """
+        if self._watch is None or not self._admin.can_create(_QUESTION_S):  # the embedded broker has no transactions
+            return
+        if self._sure_s is None:
+            self._sure_s = 1.25 * self._admin.heartbeat_interval_s(self.group)
+        self._unsure.update(dict.fromkeys(keys, time.monotonic() + self._sure_s))
+        self._consumer.pause([TopicPartition(*key) for key in keys])
+
+    def _give_sure(self) -> None:
+        """Give records of those partitions that nobody took back."""
+        now = time.monotonic()
+        sure = {key for key, until in self._unsure.items() if until <= now}
+        if sure:
+            for key in sure:
+                del self._unsure[key]
+            with kafka_errors(f"Resuming partitions of group {self.group}"):
+                self._consumer.resume([TopicPartition(*key) for key in sure - self._paused if key in self._next])
 
     def _starts(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], int]:
         """Where to start partitions for which the listener gave no position: the committed offset, or the start."""
@@ -634,6 +743,7 @@ class ConfluentSource:
             self._next.pop(key, None)
             self._lost.pop(key, None)
             self._paused.discard(key)
+            self._unsure.pop(key, None)
             self._just_assigned.discard(key)
 
     def _guarded(self, callback: Callable[[Any], object], argument: object) -> None:
@@ -676,6 +786,23 @@ class ConfluentSource:
             f"{doing} {names}: not owned by this member of group {self.group} any more",
             extra={"partitions": [(p.topic, p.partition) for p in positions]},
         )
+
+
+def _on_commit(
+    group: str, committing: deque[DeliveryCallback], error: KafkaError | None, partitions: list[TopicPartition]
+) -> None:
+    """Called by the client inside poll(); nothing may be raised."""
+    if not committing:
+        return
+    error = error or next((t.error for t in partitions if t.error is not None), None)
+    _tell(committing.popleft(), None if error is None else translate(error, f"Committing offsets of group {group}"))
+
+
+def _tell(on_stored: DeliveryCallback, outcome: Error | None) -> None:
+    try:
+        on_stored(outcome)
+    except Exception:  # noqa: BLE001 - the caller's code
+        logger.exception("on_stored %r raised", on_stored)
 
 
 def message_partition(message: Message) -> int:

@@ -109,8 +109,11 @@ def group_state(admin: AdminClient, group: str) -> list[str]:
         return [f"group {group} cannot be described: {error}"]
     lines = [f"group {group} is {described.state}"]
     for member in described.members:
-        owned = sorted(p.partition for p in member.assignment.topic_partitions)
-        lines.append(f"member {member.member_id} ({member.group_instance_id or 'no name'}) has partitions {owned}")
+        line = f"member {member.member_id} ({member.group_instance_id or 'no name'}) has partitions"
+        line += f" {sorted(p.partition for p in member.assignment.topic_partitions)}"
+        if member.target_assignment is not None:  # KIP-848: others may have to let go of them first, or it of some
+            line += f", is to have {sorted(p.partition for p in member.target_assignment.topic_partitions)}"
+        lines.append(line)
     return lines
 
 
