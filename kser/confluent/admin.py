@@ -21,7 +21,7 @@ from kser.confluent.config import admin_config, new_client
 from kser.confluent.errors import kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState
 from kser.errors import Error, TransportError
-from kser.transport import Partition, TopicInfo, TopicSpec
+from kser.transport import Partition, Position, TopicInfo, TopicSpec
 
 __all__ = ["ConfluentAdmin"]
 
@@ -31,11 +31,14 @@ _MOCK_PREFIX: Final = "mockCluster"
 _LOOK_S: Final = 5.0
 #: Longest single question, so that a refusal or another broker is noticed before the whole time is over.
 _QUESTION_S: Final = 1.0
+#: Longest question for the settings of topics, which goes to one node.
+_SETTINGS_S: Final = 3.0
 #: Seconds between two questions while there is no answer.
 _AGAIN_S: Final = 0.05
 
-#: The broker's own default of group.consumer.session.timeout.ms, for where it does not tell.
+#: The broker's own defaults of group.consumer.session.timeout.ms and .heartbeat.interval.ms, where it does not tell.
 _SESSION_MS: Final = 45_000
+_HEARTBEAT_MS: Final = 5_000
 
 _SILENCE: Final = ("_TIMED_OUT", "_TRANSPORT", "_ALL_BROKERS_DOWN", "_RESOLVE")
 
@@ -109,6 +112,27 @@ class ConfluentAdmin:
         self._wait_for(made, end)
         return made
 
+    def delete_records(self, positions: Sequence[Position], timeout_s: float = 30) -> None:
+        """See TopicAdmin."""
+        end = time.monotonic() + timeout_s
+        if not positions:
+            return
+        if not self.can_create(timeout_s):
+            raise TransportError(
+                "The embedded broker cannot delete records: it forgets all of them when it is started again"
+            )
+        wanted = [TopicPartition(topic, number, offset) for topic, number, offset, _ in positions]
+        with self._asking("Deleting records"):
+            answers = self._client.delete_records(wanted, request_timeout=_left(end), operation_timeout=_left(end))
+        problems = []
+        for of, answer in answers.items():
+            try:
+                self._result(answer, f"Deleting the records of {of.topic}/{of.partition} before {of.offset}", end)
+            except Error as exc:
+                problems.append(exc)
+        if problems:
+            raise problems[0]
+
     # -- for the other clients of this package -------------------------------------------------------------------------
 
     def partitions_of(self, topic: str, timeout_s: float = _LOOK_S) -> int:
@@ -129,14 +153,21 @@ class ConfluentAdmin:
 
     def session_timeout_s(self, group: str) -> float:
         """After how long without a heartbeat the broker puts a member of this group out, under KIP-848."""
+        return self._of_group(group, "consumer.session.timeout.ms", _SESSION_MS) / 1000
+
+    def heartbeat_interval_s(self, group: str) -> float:
+        """How often the members of this group tell the broker of themselves, under KIP-848."""
+        return self._of_group(group, "consumer.heartbeat.interval.ms", _HEARTBEAT_MS) / 1000
+
+    def _of_group(self, group: str, setting: str, default: int) -> float:
         asked = ConfigResource(ConfigResource.Type.GROUP, group)
         try:
             with self._asking(f"Reading the settings of group {group}"):
                 answer = self._client.describe_configs([asked], request_timeout=_LOOK_S)[asked]
             found = self._result(answer, f"Reading the settings of group {group}", time.monotonic() + _LOOK_S)
-            return float(found["consumer.session.timeout.ms"].value) / 1000
+            return float(found[setting].value)
         except (Error, KeyError, TypeError, ValueError):
-            return _SESSION_MS / 1000
+            return default
 
     def touch(self, topics: Iterable[str]) -> None:
         """Ask about these so that a broker which makes topics when asked makes them, as the embedded one does."""
@@ -188,7 +219,18 @@ class ConfluentAdmin:
             time.sleep(_AGAIN_S)
 
     def _settings(self, names: Iterable[str], end: float) -> dict[str, dict[str, str]]:
-        """The settings in force of those topics that still exist."""
+        """The settings in force of those topics that still exist.
+
+        The client asks one node only, whichever it thinks is up: one that has just died must not be the last word.
+        """
+        while True:
+            try:
+                return self._settings_of(names, min(end, time.monotonic() + _SETTINGS_S))
+            except TransportError:
+                if time.monotonic() + _SETTINGS_S > end:
+                    raise
+
+    def _settings_of(self, names: Iterable[str], end: float) -> dict[str, dict[str, str]]:
         resources = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names]
         with self._asking("Reading topic settings"):
             answers = self._client.describe_configs(resources, request_timeout=_left(end))

@@ -312,6 +312,15 @@ class TopicAdmin(Protocol):
     def create(self, specs: Sequence[TopicSpec], timeout_s: float = 30) -> list[str]:
         """Make the topics that do not exist yet; the names of those made now. Raises TransportError."""
 
+    def delete_records(self, positions: Sequence[Position], timeout_s: float = 30) -> None:
+        """Delete, for good, what lies before the offset of each of these positions, and return once it is done.
+
+        Offsets do not change by it. Of a position that is the start of its partition nothing is deleted.
+
+        Raises TransportError: there is no such partition or offset, the broker refuses or cannot do it (the embedded
+        one), or there is no answer within ``timeout_s``; some of the positions may be done then.
+        """
+
 
 class Transport(Protocol):
     """One broker, and the things that talk to it."""

@@ -829,3 +829,14 @@ class MemoryAdmin:
                 self._cluster.grow(spec.name, spec.partitions)
                 made.append(spec.name)
         return made
+
+    def delete_records(self, positions: Sequence[Position], timeout_s: float = 30) -> None:  # noqa: ARG002 - never waits
+        """Delete what lies before these offsets; see `kser.transport.TopicAdmin.delete_records`."""
+        with self._cluster.changed:
+            for position in positions:
+                if not 0 <= position.offset <= self._cluster.log(position.of).end:
+                    raise TransportError(
+                        f"Records of {position.topic}/{position.partition} before {position.offset} cannot be deleted: "
+                        f"its next offset is {self._cluster.log(position.of).end}"
+                    )
+                self._cluster.log(position.of).delete_before(position.offset)
