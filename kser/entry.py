@@ -165,7 +165,8 @@ class Entrypoint(metaclass=EntrypointMeta):
     def aborted(self) -> str | None:
         """Why this execution should end now, else None. A long run() looks at it between its steps and returns.
 
-        "timeout": over its ``timeout``, it fails whatever it returns. "lost": the partition went to another worker,
+        "aborted": somebody aborted its operation, what it gives does not count. "timeout": over its ``timeout``, it
+        fails whatever it returns. "lost": the partition went to another worker,
         which runs the task again; what this execution gives is dropped. "stopping": the worker ends.
         """
         return self._control.aborted if self._control is not None else None
@@ -208,6 +209,12 @@ class Entrypoint(metaclass=EntrypointMeta):
     def onerror(self, result: Result) -> Result | None:
         """Called at the end of a failed execution. Gives the Result to carry on."""
         return result
+
+    def on_cancel(self) -> None:
+        """Called while run() is at work and should end: its operation was aborted, or it is over its ``timeout``.
+
+        In another thread; end there what run() has started. An isolated task is not asked, its processes are ended.
+        """
 
     # -- execution ---------------------------------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ class EventType:
     OPERATION_STARTED = "operation.started"
     STEP_DONE = "step.done"
     STEP_FAILED = "step.failed"
+    #: It was not run, or what it gave does not count: somebody aborted its operation.
+    STEP_ABORTED = "step.aborted"
     #: An attempt failed, another one follows.
     STEP_RETRYING = "step.retrying"
     OPERATION_ENDED = "operation.ended"
@@ -51,6 +53,7 @@ _PHASES = {
     EventType.STEP_DONE: 1,
     EventType.STEP_FAILED: 1,
     EventType.STEP_RETRYING: 1,
+    EventType.STEP_ABORTED: 1,
     EventType.MESSAGE_WAITING: 1,
     EventType.MESSAGE_REJECTED: 1,
     EventType.OPERATION_ENDED: 2,
@@ -111,7 +114,7 @@ class Event(NamedTuple):
     def ends(self) -> bool:
         """True for the end of a root operation, or of a lone task."""
         if self.operation is None:
-            return self.type in (EventType.STEP_DONE, EventType.STEP_FAILED)
+            return self.type in (EventType.STEP_DONE, EventType.STEP_FAILED, EventType.STEP_ABORTED)
         return self.type == EventType.OPERATION_ENDED and self.uuid == self.operation
 
     def to_bytes(self, worker: str | None = None) -> bytes:

@@ -221,6 +221,49 @@ class Sequencer:
         self._go_on(itinerary._replace(end=None), task, result, topic, out)
         return out
 
+    def aborted(self, task: Task, result: Result, itinerary: Itinerary | None) -> Consequences:
+        """The operations around a task were aborted: they end ABORTED, the innermost first. Their hooks are not called.
+
+        set_status() is, where the class is known here.
+        """
+        out = Consequences()
+        if itinerary is None or not itinerary.frames:
+            out.events.append(
+                step_event(task, result, None)._replace(type=EventType.STEP_ABORTED, status=Status.ABORTED)
+            )
+            if itinerary is None:
+                return out
+        around = itinerary
+        if around.frames:
+            self._started(around, out)
+            event = step_event(task, result, around)
+            out.events.append(event._replace(type=EventType.STEP_ABORTED, status=Status.ABORTED))
+        while around.frames:
+            frame = around.innermost
+            with context.id_scope(f"{frame.uuid}:{around.position}"):
+                operation = self._rebuild(frame, task, result)
+                if isinstance(operation, Operation):
+                    try:
+                        operation._set_status(Status.ABORTED, result)
+                    except BaseException:
+                        logger.exception("set_status() of %r raised", operation)
+            around = around.leave()
+            out.events.append(
+                Event(
+                    type=EventType.OPERATION_ENDED,
+                    uuid=frame.uuid,
+                    entrypoint=frame.entrypoint,
+                    operation=itinerary.root.uuid,
+                    parent=around.innermost.uuid if around.frames else None,
+                    run=itinerary.run,
+                    position=itinerary.position,
+                    status=Status.ABORTED,
+                    result=result,
+                )
+            )
+            task = operation
+        return out
+
     def failed(self, task: Task | None, failure: Result, itinerary: Itinerary, topic: str) -> Consequences:
         """What a task sent, or its next message, was refused by the broker: its operation ends FAILED."""
         out = Consequences()

@@ -27,8 +27,7 @@ class Item:
         "outcome",
         "place",
         "record",
-        "rest",
-        "state",
+        "rest", "state", "subject",
         "suspect",
         "turn",
         "work",
@@ -50,6 +49,8 @@ class Item:
         self.rest: deque[Item] | None = None
         #: What it won by coming first, when its message asks for that; written when it is settled.
         self.claim: Claim | None = None
+        #: What an abort has to name to mean it, once that is known: see Work.subject.
+        self.subject: tuple[str, int] | None = None
         #: It may be what crashed a worker: run apart from everything else.
         self.suspect = False
         #: Where the dispatcher put it, and when: only for its own bookkeeping.

@@ -21,6 +21,7 @@ from kser import context
 from kser.context import Control
 from kser.entry import Entrypoint
 from kser.errors import TaskTimeoutError
+from kser.worker.control import ControlWatch
 from kser.worker.dispatch import Item, Unit
 from kser.worker.health import RunningTask
 from kser.worker.offsets import PartitionState
@@ -42,6 +43,11 @@ _LONG_S: Final = 0.01
 _GRACE_S: Final = 2.0
 #: A thread that runs dry tells the poll thread at least this often, in seconds.
 _WAKE_S: Final = 0.002
+
+#: How often it is looked whether a class that people paused may run again, in seconds.
+_PAUSED_S: Final = 1.0
+#: Outcomes that an abort may still turn round.
+_ENDS: Final = frozenset({"done", "failed", "retry"})
 
 _Chunk = deque[Unit]
 
@@ -213,6 +219,7 @@ class Executor:
         concurrency: threads for plain tasks.
         coroutines: ``async def`` tasks side by side.
         isolated: runs one record in a child process and gives its Outcome; None: isolated tasks are refused.
+        told: what people told this group; None: nobody listens to them.
         children: isolated tasks side by side.
         max_abandoned: threads that may be given up because their task ignores its timeout.
         wake: called from any thread when something is finished.
@@ -230,7 +237,9 @@ class Executor:
         isolated: Callable[[Item, Work], Outcome] | None = None,
         children: int = 1,
         max_abandoned: int = 16,
+        told: ControlWatch | None = None,
     ) -> None:
+        self._told = told
         self._runner = runner
         self._wake = wake
         self._max_abandoned = max_abandoned
@@ -350,6 +359,18 @@ class Executor:
                     continue
                 if item.control.aborted is None:
                     item.control.aborted = reason
+
+    def abort_those(self, meant: Callable[[Work], bool]) -> None:
+        """Tell what runs, of that which is meant, that somebody aborted it."""
+        for hand in self._hands():
+            with hand.lock:
+                item = hand.item
+                if item is None or item.control is None or item.work is None or not meant(item.work):
+                    continue
+                if item.control.aborted is None:
+                    item.control.aborted = "aborted"
+                    if item.control.cancel is not None:
+                        item.control.cancel()
 
     def look_after(self) -> None:
         """Call it often: free what waits behind long tasks, tell those over their timeout, replace those that stay."""
@@ -481,6 +502,8 @@ class Executor:
                 kind = self._kinds[cls] if cls in self._kinds else self._learn(cls)
                 if item.suspect:
                     kind = self._suspects
+                if (told := self._told) is not None and told.version and self._stopped(told, item, work):
+                    return True
                 if kind is not None and not self._pass(kind, crew, item, unit):
                     return False
             item.control = Control(work.attempt)
@@ -497,6 +520,10 @@ class Executor:
                     if hand.abandoned:
                         return False
                 item.outcome = outcome
+                if (told := self._told) is not None and told.aborts:
+                    # One that was ended because of an abort is not just discarded, as one whose partition went is.
+                    if outcome.kind in _ENDS or (outcome.kind == "aborted" and item.control.aborted == "aborted"):
+                        self._stopped(told, item, work)
         except Exception:
             with hand.lock:
                 hand.item = None
@@ -508,6 +535,16 @@ class Executor:
         if item.admitted is not None:
             self._leave(item)
         return True
+
+    def _stopped(self, told: ControlWatch, item: Item, work: Work) -> bool:
+        """Whether people do not want this to be run, or to count; its outcome is then made."""
+        if told.aborts and (abort := told.aborted(*work.subject)) is not None:
+            item.outcome = self._runner.abort(work, f"was {abort.reason}")
+            return True
+        if item.control is None and told.paused_tasks and work.kmsg.entrypoint in told.paused_tasks:
+            item.outcome = Outcome("delayed", again_s=_PAUSED_S)
+            return True
+        return False
 
     def _run_here(self, item: Item, work: Work) -> Outcome:  # noqa: ARG002 - as for an isolated one
         return self._runner.execute(work)

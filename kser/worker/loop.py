@@ -30,6 +30,7 @@ from kser.errors import (
 )
 from kser.events import events_topic
 from kser.transport import Partition, Position, Record, Sink, Source, Transport
+from kser.worker.control import ControlWatch
 from kser.worker.dispatch import Dispatcher, Item
 from kser.worker.executor import Executor
 from kser.worker.health import HealthStatus
@@ -120,6 +121,7 @@ class Loop:
         pool: "IsolatedPool | None",
         *,
         static: bool,
+        watch: ControlWatch | None = None,
     ) -> None:
         self.worker = worker
         self.stats = worker.stats
@@ -140,13 +142,18 @@ class Loop:
             children=worker.isolated,
             max_abandoned=worker.max_abandoned,
             wake=lambda: self._inbox.put(None),
+            told=watch,
         )
+        self.watch = watch
+        self._watched = 0
         self.dispatcher = Dispatcher(worker.ordering, self.executor.submit)
         self.files = LockFiles()
         self.parts: dict[Partition, PartitionState] = {}
         #: Paused because the worker is full or told to pause, and because too much of one partition is unfinished.
         self.halted: set[Partition] = set()
         self.bounded: set[Partition] = set()
+        #: Paused because people paused their topic.
+        self.stilled: set[Partition] = set()
         self.in_flight = 0
         self.bytes_in_flight = 0
         #: What waits for its next attempt, and what waits behind it; not in flight.
@@ -219,12 +226,16 @@ class Loop:
         now = time.monotonic()
         if self.lot.items:
             self._unpark(now)
+        if self.watch is not None and self.watch.version != self._watched:
+            self._heed(self.watch)
         working = bool(self.in_flight or self.pending or self.batch is not None)
         full = self._full()
         if not full or self.halted or now - self._polled > _JAM_S:
             self._polled = now
-            self._halt(full or self.files.paused)
+            self._halt(full or bool(self._pause()))
             records = self._poll(0 if working else min(_TURN_S, max(self.lot.next_due - now, 0)))
+            if records and self.watch is not None and self.watch.paused_topics:
+                records = self._give_back(records, self.watch.paused_topics)
             if records:
                 self._busy_at = now
                 self._take(records)
@@ -301,7 +312,8 @@ class Loop:
         partition is met once.
         """
         self._kicked = now
-        quiet = [state for of, state in self.parts.items() if of not in self.halted and of not in self.bounded]
+        paused = self.halted | self.bounded | self.stilled
+        quiet = [state for of, state in self.parts.items() if of not in paused]
         if not quiet:
             return
         self._kick_turn += 1
@@ -428,7 +440,9 @@ class Loop:
 
     def _unpark(self, now: float) -> None:
         """Run what has become due."""
-        units = self.lot.due(now)
+        self._run_units(self.lot.due(now))
+
+    def _run_units(self, units: Sequence[deque[Item]]) -> None:
         for unit in units:
             self.in_flight += len(unit)
             self.bytes_in_flight += sum(len(item.record.value or b"") for item in unit)
@@ -446,10 +460,12 @@ class Loop:
             attempt += 1
             cls = item.work.cls
             strict = cls is not None and cls.order == "strict"
-        short = delay_s <= LONGEST_S and len(state.parked) < KEYS
+        room = len(state.parked) < KEYS and self.lot.items < self.worker.max_in_flight // 2
+        short = delay_s <= LONGEST_S and room
         if outcome.kind != "waiting" and (short or strict):
             again = Item(state, record if outcome.kind == "delayed" else _with(record, {headers.ATTEMPT: attempt}))
             again.last, again.suspect = item.last, item.suspect
+            again.subject = item.work.subject if item.work is not None else None
             if outcome.kind == "delayed":
                 again.claim = item.claim
             rest.appendleft(again)
@@ -474,18 +490,68 @@ class Loop:
         return True
 
     def _throttle(self) -> None:
-        """Obey the pause file, and tell what runs."""
-        if self.files.paused:
+        """Obey the pause file and what people told the group, and tell what runs."""
+        if why := self._pause():
             now = time.monotonic()
             if not self._paused_said or now - self._paused_said > _PAUSED_EVERY_S:
                 self._paused_said = now
-                logger.warning("Consumer is paused")
+                logger.warning("Consumer is paused%s", why)
             self.executor.hold()
         else:
             self._paused_said = 0.0
             self.executor.release()
         if self.files.due:
             self.files.running(self.executor.doing)
+
+    def _pause(self) -> str | None:
+        """Why this worker takes no message, as the end of a sentence; None when it does."""
+        if self.files.paused:
+            return ": its pause file is there"
+        if self.watch is not None and self.watch.version:
+            pause = self.watch.pause_of(self.worker.name)
+            if pause is not None:
+                return f": {pause.reason}"
+        return None
+
+    def _heed(self, watch: ControlWatch) -> None:
+        """People told the group something."""
+        self._watched = watch.version
+        self._still(self.parts)
+        if not watch.aborts:
+            return
+        self.executor.abort_those(lambda work: watch.aborted(*work.subject) is not None)
+        units = self.lot.take(lambda item: item.subject is not None and watch.aborted(*item.subject) is not None)
+        self._run_units(units)
+
+    def _still(self, partitions: Iterable[Partition]) -> None:
+        """Fetch nothing of topics that people paused, and go on with those that they did not."""
+        if self.watch is None:
+            return
+        topics = self.watch.paused_topics
+        mine = [of for of in partitions if of in self.parts]
+        pause = [of for of in mine if of.topic in topics and of not in self.stilled]
+        resume = [of for of in mine if of.topic not in topics and of in self.stilled]
+        if pause:
+            self.stilled.update(pause)
+            self.source.pause(pause)
+        if resume:
+            self.stilled.difference_update(resume)
+            self.source.resume([of for of in resume if of not in self.halted and of not in self.bounded])
+
+    def _give_back(self, records: Sequence[Record], topics: AbstractSet[str]) -> list[Record]:
+        """The records without those of paused topics, which came before the pause did: they are fetched again."""
+        kept: list[Record] = []
+        first: dict[Partition, int] = {}
+        for record in records:
+            if record.topic in topics:
+                first.setdefault(record.of, record.offset)
+            else:
+                kept.append(record)
+        self._still(self.parts)
+        for of, offset in first.items():
+            if of in self.parts:
+                self.source.seek(Position(*of, offset))
+        return kept
 
     def _halt(self, full: bool) -> None:
         """Pause fetching what is owned, or let it go on: owned by the worker, and renewed after each rebalance."""
@@ -495,7 +561,7 @@ class Loop:
                 self.source.pause(more)
                 self.halted |= more
         elif self.halted and max(self.in_flight + self.lot.items, len(self.pending)) <= self.worker.max_in_flight // 2:
-            self.source.resume((self.halted & self.parts.keys()) - self.bounded)
+            self.source.resume((self.halted & self.parts.keys()) - self.bounded - self.stilled)
             self.halted.clear()
 
     def _bound(self, positions: Iterable[Position]) -> None:
@@ -508,7 +574,7 @@ class Loop:
                 self.source.pause([of])
             elif size < _MUCH // 2 and of in self.bounded:
                 self.bounded.discard(of)
-                if of not in self.halted:
+                if of not in self.halted and of not in self.stilled:
                     self.source.resume([of])
 
     def _run_isolated(self, item: Item, work: Work) -> Outcome:
@@ -807,6 +873,8 @@ class Loop:
                 self._crashed(state)
             self.halted.discard(position.of)
             self.bounded.discard(position.of)
+            self.stilled.discard(position.of)
+        self._watched = -1  # so that topics that people paused are paused again
         logger.debug("Assigned: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
         return [position for position in found if position.offset >= 0]
 
@@ -905,6 +973,7 @@ class Loop:
             self.uncommitted.discard(state)
             self.halted.discard(state.of)
             self.bounded.discard(state.of)
+            self.stilled.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
         self.lot.drop(set(gone))
         self.store.drop(state.of for state in gone)

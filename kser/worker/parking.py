@@ -2,7 +2,7 @@
 
 import heapq
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from kser.worker.dispatch import Item
@@ -43,6 +43,17 @@ class ParkingLot:
             self._counted(unit, -1)
             if not unit[0].state.closed:
                 found.append(unit)
+        return found
+
+    def take(self, meant: Callable[[Item], bool]) -> list[deque[Item]]:
+        """Take out the units whose first record is meant, whenever they are due."""
+        found = [unit for _, _, unit in self._heap if meant(unit[0])]
+        if found:
+            taken = {id(unit) for unit in found}
+            self._heap = [entry for entry in self._heap if id(entry[2]) not in taken]
+            heapq.heapify(self._heap)
+            for unit in found:
+                self._counted(unit, -1)
         return found
 
     @property

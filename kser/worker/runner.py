@@ -1,6 +1,7 @@
 """What one record becomes: decode, dispatch, execute, and what follows from it. No I/O of its own."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from kser import context, headers, results
 from kser.controller import Controller
 from kser.entry import Entrypoint
-from kser.errors import EntrypointNotFoundError, Error, InternalError
+from kser.errors import AbortedError, EntrypointNotFoundError, Error, InternalError
 from kser.events import Event, EventType, events_topic
 from kser.results import ACCEPTED, Result
 from kser.schemas import Message
@@ -28,6 +29,7 @@ __all__ = ["Outcome", "Runner", "Work"]
 
 logger = logging.getLogger(__name__)
 
+_ON_CANCEL = Entrypoint.on_cancel
 #: A message that nobody here can run comes back after so many seconds, to be looked at again.
 _LOOK_AGAIN_S = 10.0
 
@@ -89,6 +91,16 @@ class Work:
         if self._itinerary is None and self.plain is not None:
             self._itinerary = Itinerary.load(self.plain)
         return self._itinerary
+
+    @property
+    def subject(self) -> tuple[str, int]:
+        """What an abort has to name to mean this: the uuid of the root operation, or of a lone task, and the run."""
+        if self.plain is not None:
+            return self.plain["ops"][0]["uuid"], self.plain["run"]
+        itinerary = self._itinerary
+        if itinerary is None:
+            return self.kmsg.uuid, 1 + headers.number(self.record.headers, headers.REDRIVE)
+        return (itinerary.root.uuid if itinerary.frames else self.kmsg.uuid), itinerary.run
 
     @property
     def name(self) -> str:
@@ -207,6 +219,18 @@ class Runner:
         For a task whose process or thread had to be given up.
         """
         return self._guarded(work, error)
+
+    def abort(self, work: "Work", why: str) -> Outcome:
+        """What follows for a message whose operation was aborted: it is not run, and neither is what comes after it."""
+        task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
+        task.entrypoint = work.kmsg.entrypoint
+        result = results.from_exception(AbortedError(f"{work.name} {why}"), work.kmsg.uuid)
+        outbox = _Outbox(self.sequencer, work.record.topic)
+        with context.within(context.Scope(outbox)):
+            consequences = self.sequencer.aborted(task, result, work.itinerary)
+            outcome = self._outcome("abort", consequences, outbox)
+        outcome.refused = lambda _error: []
+        return outcome
 
     def refused_for(self, work: "Work", outcome: Outcome) -> None:
         """Give an Outcome that was made in another process what it needs when the broker refuses its records."""
@@ -371,6 +395,8 @@ class Runner:
         return entrypoint
 
     def _execute(self, task: Entrypoint) -> Result:
+        if type(task).on_cancel is not _ON_CANCEL and (control := task._control) is not None:
+            control.cancel = partial(_tell, task)
         try:
             return task.execute()
         except BaseException as exc:  # noqa: BLE001 - sys.exit() in a task ends the task, not the worker
@@ -441,3 +467,8 @@ class Runner:
                 value = event.to_bytes(self.worker)
                 records.append(OutRecord(self._events_topic, key_bytes(event.key), value, self._headers))
         return records
+
+
+def _tell(task: Entrypoint) -> None:
+    """Call on_cancel(), in a thread of its own: it is the user's, and who tells has no time."""
+    threading.Thread(target=task.on_cancel, name="kser-cancel", daemon=True).start()

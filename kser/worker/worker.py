@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
 from kser import loading
+from kser.control import control_topic
 from kser.controller import Controller
-from kser.errors import ConfigurationError
+from kser.errors import ConfigurationError, TransportError
 from kser.producer import max_message_bytes
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import TopicAdmin, Transport
+from kser.worker.control import ControlWatch
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
 from kser.worker.loop import Loop
@@ -39,6 +41,8 @@ _TURN_S: Final = 0.0005
 #: New objects after which cycles among them are looked for: here, and in the releases of Python.
 _THRESHOLD: Final = 25_000
 _USUAL_THRESHOLDS: Final = frozenset({700, 2000})
+#: Longest wait for what was told to the group before the worker started, in seconds.
+_TOLD_S: Final = 60.0
 #: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
 _EMBEDDED: Final = "mockCluster"
 
@@ -76,6 +80,7 @@ class Worker:
             release is rolled out. It is looked at again every 10 s.
         relay: also move delayed messages back to their topics when they are due. At least one worker of the group has
             to; several share it.
+        control: obey what people tell the group: kser abort, kser pause, kser resume.
         location: MODULE_OR_FILE:REGISTRY where child processes find the registry; default: where it is found here.
         health_port: port for /healthz and /readyz; None: none.
         health_host: address that port listens on; "0.0.0.0" for probes from outside, as in Kubernetes.
@@ -108,6 +113,7 @@ class Worker:
         events: bool = True,
         wait_s: float = 900,
         relay: bool = True,
+        control: bool = True,
         location: str | None = None,
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
@@ -149,6 +155,7 @@ class Worker:
         self.events = events
         self.wait_s = wait_s
         self.relay = relay
+        self.control = control
         self.health_port = health_port
         self.health_host = health_host
         self._location = location
@@ -162,6 +169,7 @@ class Worker:
         self._transport = transport
         self._loop: Loop | None = None
         self._relay: Relay | None = None
+        self._watch: ControlWatch | None = None
         self._stop = 0
 
     def run(self, *, until_idle: bool = False) -> None:
@@ -207,7 +215,15 @@ class Worker:
             pool = self._pool(settings)
             health = None
             try:
-                self._loop = Loop(self, transport, runner, delivery, pool, static=self._static)
+                if self.control:
+                    self._watch = ControlWatch(transport, self.group)
+                    self._watch.start()
+                    if not self._watch.wait_ready(_TOLD_S):
+                        raise TransportError(
+                            f"What was told to group {self.group} could not be read within {_TOLD_S:g} s: is topic "
+                            f"{control_topic(self.group)} well?"
+                        )
+                self._loop = Loop(self, transport, runner, delivery, pool, static=self._static, watch=self._watch)
                 if self.health_port is not None:
                     health = HealthServer(self.health_port, self.status, self.health_host)
                     health.start()
@@ -217,6 +233,9 @@ class Worker:
                 with stopping_on_signals(self.stop), _tuned():
                     self._loop.run(until_idle=until_idle)
             finally:
+                self.drains()
+                if self._watch is not None:
+                    self._watch.stop(10)
                 if self._relay is not None and not self._relay.stop(10):
                     logger.warning("The relay of delayed messages did not end within 10 s and is left behind")
                 if health is not None:
@@ -234,7 +253,9 @@ class Worker:
         return self._stop
 
     def drains(self) -> None:
-        """Called by the loop when it begins to stop: the relay can do so meanwhile."""
+        """Called by the loop when it begins to stop: its companions can do so meanwhile."""
+        if self._watch is not None:
+            self._watch.stop(0)
         if self._relay is not None:
             self._relay.stop(0)
 

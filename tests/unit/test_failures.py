@@ -1,12 +1,14 @@
 """What becomes of tasks that fail, on memory: attempts, parking, tiers, waiting, dead letters, crashes; claims."""
 
+import asyncio
 import threading
 import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from kser import Operation, OperationRegistry, Result, Retry, Task, headers
+from kser import Message, Operation, OperationRegistry, Result, Retry, Task, headers
+from kser.control import Abort, Change, Pause, PauseKind, send_control
 from kser.errors import ValidationError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
@@ -481,6 +483,177 @@ def test_parked_records_and_crashes_are_read_as_they_were_written():
     parked = {7: Parked(3, 1_900_000_000_100), 4096: Parked(12, 5_000)}
     found = decode(5, encode("i", 5, 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], open_=True))
     assert found == ("i", 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], True)
+
+
+# -- told by people ----------------------------------------------------------------------------------------------------
+
+
+def tell(transport, *changes):
+    sink = transport.sink()
+    send_control(sink, GROUP, changes)
+    sink.close()
+
+
+def aborted(uuid, run=1):
+    told = Abort(uuid=uuid, run=run, by="ann", at_ms=int(time.time() * 1000), why="wrong prices")
+    return Change(told.key, told)
+
+
+def paused(kind, name=""):
+    told = Pause(kind, name, by="ann", at_ms=int(time.time() * 1000))
+    return Change(told.key, told)
+
+
+def test_an_operation_that_was_aborted_is_not_run_any_further(registry, transport, start):
+    go, inside, ran = threading.Event(), threading.Event(), []
+
+    @registry.task
+    def first():
+        ran.append(1)
+        inside.set()
+        go.wait(10)
+
+    @registry.task
+    def second():
+        ran.append(2)
+
+    statuses = []
+
+    @registry.subscribe
+    class Both(Operation):
+        def build_tasks(self, **params):
+            return [first(), second()]
+
+        def set_status(self, status, result=None):
+            statuses.append(status)
+            super().set_status(status, result)
+
+        def onerror(self, result):
+            statuses.append("onerror")
+
+    one = Both().build()
+    one.launch()
+    statuses.clear()
+    start(control=True)
+    wait_for(inside.is_set)
+    tell(transport, aborted(one.uuid))
+    time.sleep(0.2)  # until the worker knows; nothing shows it
+    go.set()
+    wait_for(lambda: view(transport, one.uuid).ended)
+    assert view(transport, one.uuid).status == "ABORTED"
+    assert "aborted by ann: wrong prices" in view(transport, one.uuid).result.stderr
+    assert (ran, statuses) == ([1], ["ABORTED"])
+    assert not dead(transport)
+
+
+def test_a_running_task_sees_that_it_was_aborted_and_what_it_sent_does_not_leave(registry, transport, start):
+    seen, cancelled = [], threading.Event()
+
+    @registry.subscribe
+    class Long(Task):
+        def run(self):
+            Long().send()
+            end = time.monotonic() + 10
+            while not self.aborted and time.monotonic() < end:
+                time.sleep(0.01)
+            seen.append(self.aborted)
+
+        def on_cancel(self):
+            cancelled.set()
+
+    task = Long()
+    task.send()
+    one = start(control=True)
+    wait_for(lambda: one.worker.status().running)
+    tell(transport, aborted(task.uuid))
+    wait_for(lambda: view(transport, task.uuid).ended)
+    assert (seen, view(transport, task.uuid).status) == (["aborted"], "ABORTED")
+    assert cancelled.wait(5)
+    assert len(transport.records(TOPIC)) == 1
+
+
+def test_what_waits_for_its_next_attempt_is_aborted_at_once_and_a_later_run_is_not(registry, transport, start):
+    ran = []
+
+    @registry.task(retry=Retry(attempts=3, backoff_s=25, jitter=0))
+    def flaky():
+        ran.append(1)
+        raise ValueError("no")
+
+    @registry.subscribe
+    class One(Operation):
+        def build_tasks(self, **params):
+            return [flaky()]
+
+    one = One().build()
+    one.launch()
+    start(control=True)
+    wait_for(lambda: events(transport, EventType.STEP_RETRYING))
+    tell(transport, aborted(one.uuid))
+    wait_for(lambda: view(transport, one.uuid).status == "ABORTED")
+    assert len(ran) == 1
+    (sent,) = transport.records(TOPIC)
+    again = Message.loads(sent.value)
+    again.metadata["kser"]["run"] = 2
+    transport.sink().produce(OutRecord(TOPIC, sent.key, again.to_bytes()))
+    wait_for(lambda: len(ran) == 2)
+
+
+def test_a_coroutine_is_cancelled_by_an_abort(registry, transport, start):
+    inside = threading.Event()
+
+    @registry.task
+    async def sleeps():
+        inside.set()
+        await asyncio.sleep(20)
+
+    task = sleeps()
+    task.send()
+    start(control=True)
+    wait_for(inside.is_set)
+    tell(transport, aborted(task.uuid))
+    wait_for(lambda: view(transport, task.uuid).status == "ABORTED", 5)
+
+
+def test_a_paused_class_waits_and_others_of_other_keys_do_not(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def slow():
+        ran.append("slow")
+
+    @registry.task
+    def quick():
+        ran.append("quick")
+
+    tell(transport, paused(PauseKind.TASK, slow.path))
+    for _ in range(3):
+        slow().send()
+        quick().send()
+    start(control=True)
+    wait_for(lambda: ran == ["quick"] * 3)
+    tell(transport, Change(f"pause:task:{slow.path}", None))
+    wait_for(lambda: len(ran) == 6)
+    wait_for(lambda: committed(transport) == 6)
+
+
+@pytest.mark.parametrize("kind", [PauseKind.TOPIC, PauseKind.WORKER, PauseKind.GROUP])
+def test_a_paused_topic_worker_or_group_takes_nothing_until_it_is_resumed(registry, transport, start, kind):
+    ran = []
+
+    @registry.task
+    def step():
+        ran.append(1)
+
+    pause = paused(kind, {PauseKind.TOPIC: TOPIC, PauseKind.WORKER: "w1"}.get(kind, ""))
+    tell(transport, pause)
+    step().send()
+    one = start(control=True, name="w1")
+    wait_for(lambda: one.worker.status().partitions == 2)
+    time.sleep(0.5)  # it would have run by now
+    assert not ran
+    tell(transport, Change(pause.key, None))
+    wait_for(lambda: ran)
 
 
 # -- first come --------------------------------------------------------------------------------------------------------

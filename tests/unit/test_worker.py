@@ -35,8 +35,8 @@ class Running:
     """A worker in a thread of its own."""
 
     def __init__(self, registry, transport, **options):
-        # Its own thread takes half a second to end; what is about delays asks for it.
-        options = {"relay": False, **options}
+        # Their threads take half a second to end; what is about them asks for them.
+        options = {"relay": False, "control": False, **options}
         self.worker = Worker(registry, topics=[TOPIC], group=GROUP, transport=transport, **options)
         self.error = None
         self.thread = threading.Thread(target=self._run, daemon=True)
