@@ -29,8 +29,10 @@ from kser.errors import (
     ValidationError,
 )
 from kser.events import events_topic
+from kser.results import Result
 from kser.transport import Partition, Position, Record, Sink, Source, Transport
 from kser.worker.control import ControlWatch
+from kser.worker.dead_letters import LEAST_BYTES, dead_letter
 from kser.worker.dispatch import Dispatcher, Item
 from kser.worker.executor import Executor
 from kser.worker.health import HealthStatus
@@ -40,7 +42,7 @@ from kser.worker.parking import KEYS, LONGEST_S, ParkingLot
 from kser.worker.runner import Outcome, Runner, Work
 from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
 from kser.worker.state import StateStore, owner_of, state_topic
-from kser.worker.tiers import MAX_DELAY_S, SHORTEST_S, to_tier
+from kser.worker.tiers import MAX_DELAY_S, SHORTEST_S, dead_letter_topic, to_tier
 
 if TYPE_CHECKING:
     from kser.worker.pool import IsolatedPool
@@ -128,6 +130,7 @@ class Loop:
         self.runner = runner
         self.exactly_once = delivery == "exactly_once"
         self.events_topic = events_topic(worker.group)
+        self.dead_topic = dead_letter_topic(worker.group)
         self._transport = transport
         self._pool = pool
         self._static = static
@@ -763,6 +766,8 @@ class Loop:
         if error.extra.get("topic") == self.events_topic:
             logger.error("An event of %s was refused by the broker: %s", where, error.message)
             outcome.records = [record for record in outcome.records if record.topic != self.events_topic]
+        elif error.extra.get("topic") == self.dead_topic:
+            self._letter_refused(item, error)
         elif outcome.refused is not None:
             # Once: what tells the refusal may be refused too, and is then only logged.
             refused, outcome.refused = outcome.refused, None
@@ -773,6 +778,31 @@ class Loop:
             logger.error("What follows from %s was refused by the broker: %s", where, error.message)
             outcome.records, outcome.ahead = [], 0
         self.pending.insert(0, item)
+
+    def _letter_refused(self, item: Item, error: Error) -> None:
+        """The broker refused a dead letter: the least that one can be is tried, then nothing is given up but the run."""
+        outcome: Outcome = item.outcome
+        if outcome.shortened:
+            self.failure = self.failure or TransportError(
+                f"A dead letter cannot be written to {self.dead_topic}, so the worker ends and nothing is lost: "
+                f"{error.message}"
+            )
+            return
+        outcome.shortened = True
+        kmsg = item.work.kmsg if item.work is not None else None
+        for at, record in enumerate(outcome.records):
+            if record.topic == self.dead_topic:
+                outcome.records[at] = dead_letter(
+                    item.record,
+                    self.dead_topic,
+                    error=Result(retcode=1, stderr=headers.text(record.headers, headers.ERROR)),
+                    kmsg=kmsg,
+                    attempt=headers.number(record.headers, headers.ATTEMPT, 1),
+                    group=self.worker.group,
+                    worker=self.worker.name,
+                    now_ms=headers.number(record.headers, headers.AT),
+                    max_bytes=LEAST_BYTES,
+                )
 
     def _commit(self, *, wait: bool) -> None:
         """At least once: what follows from the finished records of ``uncommitted`` is confirmed, store their offsets.

@@ -47,6 +47,8 @@ class Outcome:
     ahead: int = 0
     #: Gives the records to send instead, when the broker refuses a message for good.
     refused: Callable[[Error], list[OutRecord]] | None = None
+    #: The broker refused its dead letter, which is the least that it can be now.
+    shortened: bool = False
     #: The record itself is run again after so many seconds; None: it is not.
     again_s: float | None = None
     #: Why it waits, for people.

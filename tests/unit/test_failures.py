@@ -9,11 +9,11 @@ import pytest
 
 from kser import Message, Operation, OperationRegistry, Result, Retry, Task, headers
 from kser.control import Abort, Change, Pause, PauseKind, send_control
-from kser.errors import ValidationError
+from kser.errors import MessageTooLargeError, ValidationError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
 from kser.transport import OutRecord, Partition, Position, TopicSpec
-from kser.transport.memory import MemoryTransport
+from kser.transport.memory import MemorySink, MemoryTransport
 from kser.worker.offsets import SUSPECT_AFTER, Parked, PartitionState, decode, encode
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
 
@@ -399,6 +399,60 @@ def test_what_is_no_message_is_kept_as_it_came(registry, transport, start):
     wait_for(lambda: dead(transport))
     assert dead(transport)[0].value == b"\xff no message"
     assert ("h", b"v") in dead(transport)[0].headers
+
+
+@pytest.mark.parametrize("too_long", [20_000, 100])
+def test_a_dead_letter_that_the_broker_refuses_is_made_shorter_and_if_need_be_the_worker_ends(
+    registry, transport, start, monkeypatch, too_long
+):
+    """Nothing is lost either way: what has no dead letter stays unsettled."""
+    refuse(monkeypatch, f"{GROUP}.dlq", too_long)
+
+    @registry.task
+    def broken(text: str):
+        raise ValueError("no")
+
+    broken(params={"text": "x" * 30_000}).send()
+    one = start()
+    if too_long == 100:
+        wait_for(lambda: not one.thread.is_alive())
+        assert "dead letter" in one.error.message
+        assert committed(transport) == 0
+        return
+    wait_for(lambda: committed(transport) == 1)
+    (letter,) = dead(transport)
+    assert b"value too large" in letter.value
+    assert headers.text(letter.headers, headers.ERROR) == "no"
+
+
+def refuse(monkeypatch, topic, too_long):
+    """The broker takes no record of more bytes in this topic."""
+
+    def check(records):
+        for index, record in enumerate(records):
+            if record.topic == topic and len(record.value) > too_long:
+                raise MessageTooLargeError("A record", len(record.value), too_long, topic=topic, index=index)
+
+    produce_all, deliver = MemorySink.produce_all, MemorySink.deliver
+
+    def produce(self, records):
+        check(records)
+        produce_all(self, records)
+
+    def confirmed(self, records, timeout_s=30):
+        try:
+            check(records)
+        except MessageTooLargeError as exc:
+            at = exc.extra["index"]
+            return [
+                *deliver(self, records[:at], timeout_s),
+                (at, exc),
+                *((at + 1 + n, failure) for n, failure in deliver(self, records[at + 1 :], timeout_s)),
+            ]
+        return deliver(self, records, timeout_s)
+
+    monkeypatch.setattr(MemorySink, "produce_all", produce)
+    monkeypatch.setattr(MemorySink, "deliver", confirmed)
 
 
 # -- crashes -----------------------------------------------------------------------------------------------------------
