@@ -25,6 +25,7 @@ from kser.cli.watch import Deadline, watch
 from kser.entry import Entrypoint, wire_name
 from kser.errors import ConfigurationError, Error
 from kser.events import events_topic
+from kser.headers import Headers
 from kser.loading import find_class, load, where
 from kser.results import Result
 from kser.schemas import Message
@@ -154,6 +155,8 @@ class _Within:
         self._producer = producer
         self._timeout = timeout
 
-    def send(self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None) -> Result:
+    def send(
+        self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None, headers: Headers = ()
+    ) -> Result:
         """As the producer, within the shorter time."""
-        return self._producer.send(topic, kmsg, min(timeout, self._timeout), key=key)
+        return self._producer.send(topic, kmsg, min(timeout, self._timeout), key=key, headers=headers)

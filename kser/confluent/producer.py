@@ -1,6 +1,7 @@
 """Producer over confluent-kafka."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from kser.confluent.transport import ConfluentTransport
@@ -21,4 +22,5 @@ class Producer(BaseProducer):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(ConfluentTransport(config).sink())
+        transport = ConfluentTransport(config)
+        super().__init__(transport.sink(), partial(transport.sink, failures_only=True))

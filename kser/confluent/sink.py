@@ -96,6 +96,8 @@ class ConfluentSink:
         self._purges = 0
         #: How often a call that serves callbacks broke: one of the callbacks may not have been heard.
         self._broke = 0
+        #: The client in which that was, until there is a new one.
+        self._broken: Producer | None = None
         self._producer: Producer | None = new_client(Producer, self._config, self._state)
         self._met = self._id is not None
         self._initialised = False
@@ -356,6 +358,7 @@ class ConfluentSink:
         except BaseException as exc:  # noqa: BLE001 - as above
             self._escaped = exc
             return
+        _clear_pending()  # already partial() would end in a SystemError, and the failure be told to nobody
         self._deliver(partial(tell, index), purges, error, message)
 
     def _unclaimed(self, purges: int, error: KafkaError | None, message: Message) -> None:
@@ -386,8 +389,8 @@ class ConfluentSink:
         size = len(message) + len(message.key() or b"")
         what = f"A record for topic {topic} was refused by the broker, whose max.message.bytes may be lower still: it"
         failure = too_large(error, what, size, self._limit, topic=topic)
-        if failure is None and error.code() in _PURGED and self._reason is not None:
-            failure = self._reason
+        if failure is None and error.code() in _PURGED:  # the call that purged may have ended, or be another thread's
+            failure = self._reason or self._state.refusal
         if failure is None and error.code() in _PURGED:
             failure = _given_up(topic, error.name())
         if failure is None:
@@ -429,6 +432,10 @@ class ConfluentSink:
     def _serve(self, producer: Producer, call: Callable[[], int]) -> int:
         """Run a call that serves callbacks."""
         try:
+            if producer is self._broken and self._id is None and len(producer):
+                # After a fatal error it takes back what was on its way, to send it again, and never does: not one
+                # callback would come of that before its timeout. (A client that was not that broken gets it again.)
+                producer.purge(in_queue=True, in_flight=False)
             with self._serving():
                 served = call()
         except (KafkaException, SystemError) as exc:
@@ -436,7 +443,11 @@ class ConfluentSink:
             # confluent-kafka 2.16 makes of a fatal error that it meets in flush().
             logger.warning("The %s: %s", self._name, exc)
             self._broke += 1
+            self._broken = producer
             served = 0
+        except BaseException:  # a signal may have hit a callback, of whatever thread its record is
+            self._broke += 1
+            raise
         if self._confirmed:
             self._confirmed = False
             self._state.up()
@@ -501,6 +512,7 @@ class ConfluentSink:
                 if purges != self._purges or not self._again(error, message, partial(told, index)):
                     failures[index] = self._undelivered(error, message)
             except BaseException as exc:  # noqa: BLE001 - as in _deliver()
+                give_up(range(index, index + 1), "_PURGE_INFLIGHT")  # the thread that raises it may be another one
                 self._escaped = exc
 
         def give_up(indexes: range, why: str) -> None:
@@ -524,7 +536,7 @@ class ConfluentSink:
                 at += 1
             else:  # what the old one had is told by now, or lost
                 give_up(range(at), "_PURGE_INFLIGHT")
-                producer = renewed
+                producer, broke = renewed, self._broke
         if not self._settled(producer, end):
             self._purges += 1
             producer.purge()  # what is in flight too: the next call would wait for it
@@ -583,7 +595,9 @@ class ConfluentSink:
                     "The %s had a fatal error: it is replaced, what was under way is reported failed", self._name
                 )
                 self._producer = new_client(Producer, self._config, self._state)
+                self._purges += 1  # else what is purged there would be reported failed and be written here even so
                 self._destroy(broken)
+                self._broken = None
         return True
 
     def _transaction_call(self, doing: str, call: Callable[[], Any]) -> None:

@@ -1,6 +1,7 @@
 """Producer of the in-memory driver."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from kser.dummy.clusters import cluster
@@ -17,4 +18,5 @@ class Producer(BaseProducer):
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        super().__init__(cluster(config).sink())
+        memory = cluster(config)
+        super().__init__(memory.sink(), partial(memory.sink, failures_only=True))

@@ -71,16 +71,21 @@ def send_first(operation: "Operation") -> Result | None:
     if not facts.launches or (len(own) != _OF_OPERATION and not facts.launches.isdisjoint(own)):
         return None
     first = tasks[0]
+    step = known.get(type(first)) or _facts(first)
+    if step is None:
+        return None
     own = first.__dict__
-    step: Facts = known.get(type(first)) or facts_of(type(first))
     if not step.sends or (len(own) != _OF_TASK and not step.sends.isdisjoint(own)) or first._home is not home:
         return None
     near = home.topic
     topic, target = operation.topic or near, first.topic or near
     uuid, params, result = first.uuid, first.params, first._result
+    own_key = first.key
+    key = own_key or operation.key or operation.uuid
     if (
         not topic
         or not target
+        or type(key) is not str
         or type(uuid) is not str
         or not uuid
         or type(params) is not dict
@@ -89,17 +94,17 @@ def send_first(operation: "Operation") -> Result | None:
         or home.transport is not Message
     ):
         return None
-    itinerary: dict[str, Any] = {
-        "v": VERSION, "run": 1, "position": 0, "ops": [_frame(operation, facts.path, topic, near)], "new": True
-    }  # fmt: skip
-    key = first.key
-    if key:
-        itinerary["key"] = key
+    frame = _frame(operation, facts.path, topic, near)
+    if frame is None:
+        return None
+    itinerary: dict[str, Any] = {"v": VERSION, "run": 1, "position": 0, "ops": [frame], "new": True}
+    if own_key:
+        itinerary["key"] = own_key
     metadata = {**first.metadata, METADATA_KEY: itinerary}
     raw = plain_bytes(uuid, step.path, params, result, metadata)
     if raw is None:
         return None
-    sent = batch.send_plain(target, key_bytes(key or operation.key or operation.uuid), raw, uuid, step.path)
+    sent = batch.send_plain(target, key_bytes(key), raw, uuid, step.path)
     if sent is not None:
         first.metadata = metadata
         if sent.retcode in _ON_ITS_WAY and operation.status == _PENDING:
@@ -107,8 +112,16 @@ def send_first(operation: "Operation") -> Result | None:
     return sent
 
 
-def _frame(operation: "Operation", path: str, topic: str, near: str | None) -> dict[str, Any]:
-    """operation.frame(topic, tasks).dump(), for the tasks after the first one. ``near``: topic of its registry."""
+def _facts(task: Any) -> Facts | None:
+    """What is known of its class; None when it is no task: anybody may put something into ``tasks``."""
+    return facts_of(type(task)) if isinstance(task, Task) else None
+
+
+def _frame(operation: "Operation", path: str, topic: str, near: str | None) -> dict[str, Any] | None:
+    """operation.frame(topic, tasks).dump(), for the tasks after the first one; None where there is something else.
+
+    ``near``: topic of its registry.
+    """
     frame: dict[str, Any] = {"uuid": operation.uuid, "entrypoint": path, "params": operation.params, "topic": topic}
     if operation.key:
         frame["key"] = operation.key
@@ -118,9 +131,19 @@ def _frame(operation: "Operation", path: str, topic: str, near: str | None) -> d
             frame["metadata"] = metadata
     known, home, entries = EntrypointMeta.facts, operation._home, []
     for task in operation.tasks[1:]:
-        facts: Facts = known.get(type(task)) or facts_of(type(task))
+        facts = known.get(type(task)) or _facts(task)
+        if facts is None:
+            return None
         own = task.__dict__
-        if facts.enters and len(own) == _OF_TASK and facts.home is home and topic == near and not own["metadata"]:
+        if (
+            facts.enters
+            and len(own) == _OF_TASK
+            and facts.home is home
+            and topic == near
+            and not own.get("metadata", True)
+            and "params" in own
+            and "uuid" in own
+        ):
             entries.append({"uuid": own["uuid"], "entrypoint": facts.path, "params": own["params"]})
         elif task.status != _SUCCESS:
             entries.append(task.to_entry(topic))

@@ -6,7 +6,17 @@ import time
 
 import pytest
 
-from kser import ConfigurationError, DeliveryError, Message, Operation, OperationRegistry, Result, Task, TransportError
+from kser import (
+    ConfigurationError,
+    DeliveryError,
+    Message,
+    Operation,
+    OperationRegistry,
+    Result,
+    Task,
+    TransportError,
+    ValidationError,
+)
 from kser.producer import max_message_bytes
 from kser.results import is_success
 from kser.sequencing.sequencer import MAX_MESSAGE_BYTES
@@ -150,10 +160,146 @@ def test_a_limit_that_cannot_be_is_refused_with_its_name(monkeypatch, value):
         Producer()
 
 
-@pytest.mark.parametrize("topic", ["", None, 5])
+@pytest.mark.parametrize("topic", ["", None, 5, [], b"t"])
 def test_without_a_topic_it_fails(topic):
     result = Producer().send(topic, kmsg())
     assert (result.retcode, "No topic for message" in result.stderr) == (400, True)
+
+
+@pytest.mark.parametrize("topic", ["a b", "a\0b", "\ud800", "..", "x" * 250])
+def test_a_topic_that_kafka_would_not_take_is_refused_with_the_rule(topic):
+    producer = Producer()
+    result = producer.send(topic, kmsg())
+    assert (result.retcode, result.uuid) == (400, "u")
+    assert "is no topic name: take 1 to 249 of the letters" in result.stderr
+    assert producer.bulk_send(topic, [kmsg()]).retcode == 400
+    assert producer.sink.records == []
+
+
+# -- wrong arguments -------------------------------------------------------------------------------------------------
+
+
+class Unshowable:
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(5, "5 is a int"), (None, "None is a NoneType"), ({"uuid": "u"}, "{'uuid': 'u'} is a dict"),
+     (Unshowable(), "cannot be shown"), ("x" * 5000, "...")],
+)  # fmt: skip
+def test_what_is_no_message_is_a_failed_result_that_says_what_to_give(value, said, caplog):
+    producer = Producer()
+    result = producer.send("t", value)
+    assert (result.retcode, bool(result.uuid)) == (400, True)
+    assert said in result.stderr
+    assert "give Message(" in result.stderr
+    assert len(result.stderr) < 400
+    assert caplog.records[-1].levelname == "ERROR"
+    with pytest.raises(DeliveryError) as caught, producer.batch():
+        inside = producer.send("t", value)
+        assert inside.retcode == 400
+    assert caught.value.extra["uuids"] == [inside.uuid]
+    assert producer.sink.records == []
+
+
+@pytest.mark.parametrize("key", [5, b"a", True, ["a"], 0, b""])
+def test_a_key_that_is_no_text_is_refused_with_what_to_give(key):
+    producer = Producer()
+    result = producer.send("t", kmsg(), key=key)
+    assert (result.retcode, result.uuid) == (400, "u")
+    assert f"key={key!r} of message __main__.DiceRoll[u]: give a str" in result.stderr
+    assert producer.sink.records == []
+
+
+@pytest.mark.parametrize("key", [5, b"a"])
+@pytest.mark.parametrize("of", ["operation", "task"])
+@pytest.mark.parametrize("level", [logging.INFO, logging.CRITICAL])
+def test_so_is_one_that_a_task_or_an_operation_has(key, of, level, caplog):
+    caplog.set_level(level, logger="kser")
+    producer = Producer()
+    registry = OperationRegistry(producer=producer, topic="t")
+    step = registry.subscribe(type("Step", (Task,), {}))
+    plain = registry.subscribe(type("Plain", (Operation,), {}))
+    operation = plain(tasks=[step(), step()])
+    (operation if of == "operation" else operation.tasks[0]).key = key
+    with pytest.raises(DeliveryError), producer.batch():
+        assert operation.launch().retcode == 400
+    assert operation.status == "PENDING"
+
+
+@pytest.mark.parametrize("timeout", [None, "5", float("nan"), -1, -0.001, True, [], 10**400, 1j])
+def test_a_timeout_that_is_no_time_is_refused_with_what_to_give(timeout):
+    producer = Producer()
+    for result in (producer.send("t", kmsg(), timeout), producer.bulk_send("t", [kmsg()], timeout)):
+        assert result.retcode == 400
+        assert "timeout=" in result.stderr
+        assert "give a number of seconds, 0 or more" in result.stderr
+    with pytest.raises(ValidationError, match="give a number of seconds"), producer.batch(timeout):
+        pass
+    with pytest.raises(ValidationError, match="give a number of seconds"):
+        producer.close(timeout)
+    assert producer.sink.records == []
+    with producer.batch():
+        pass
+
+
+@pytest.mark.parametrize("timeout", [0.5, 1, 10**9, float("inf")])
+def test_any_number_of_seconds_will_do(timeout):
+    producer = Producer()
+    assert is_success(producer.send("t", kmsg(), timeout))
+    assert is_success(producer.bulk_send("t", [kmsg()], timeout))
+    with producer.batch(timeout):
+        producer.send("t", kmsg())
+
+
+@pytest.mark.parametrize("kmsgs", [5, None, kmsg()])
+def test_a_bulk_of_what_cannot_be_iterated_is_a_failed_result(kmsgs):
+    result = Producer().bulk_send("t", kmsgs)
+    assert result.retcode == 400
+    assert "give a list" in result.stderr
+
+
+def test_a_bulk_sends_what_is_a_message_and_names_what_is_none():
+    producer = Producer()
+    result = producer.bulk_send("t", [kmsg("a"), 5, kmsg("b")])
+    assert (result.retcode, result.stdout) == (400, "2 message(s) sent")
+    assert "1 of 3 message(s) not sent, the first because: bulk_send(), at index 1: 5 is a int" in result.stderr
+    assert (len(result.retval["failed"]), result.retval["sent"]) == (1, ["a", "b"])
+    assert [r.key for r in producer.sink.records] == [b"a", b"b"]
+
+
+@pytest.mark.parametrize("raised", [ValueError("mine"), KeyboardInterrupt(), TransportError("of kser")])
+def test_an_iterable_that_raises_passes_after_what_was_handed_over_is_settled(raised, caplog):
+    answers, producer = [], refusing("b")
+    answer = producer.sink.answer
+    producer.sink.answer = lambda record: answer(record) if answers else HOLD
+
+    def source():
+        yield kmsg("a")
+        yield kmsg("b")
+        answers.append(True)
+        raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        producer.bulk_send("t", source())
+    assert caught.value is raised
+    assert raised.__notes__ == ["bulk_send(): 2 message(s) came before this; not sent of these: ['b']"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "Producer.Success: __main__.DiceRoll[a]: Message __main__.DiceRoll[a] sent in t",
+        "Producer.Failed: __main__.DiceRoll[b]: not for you",
+    ]
+    assert producer._opened == set()
+
+
+def test_a_message_whose_uuid_was_spoilt_is_named_at_the_end_of_a_batch():
+    producer, spoilt = Producer(), kmsg("u")
+    spoilt.uuid = 5
+    with pytest.raises(DeliveryError) as caught, producer.batch():
+        assert producer.send("t", spoilt).retcode == 400
+    assert caught.value.extra["uuids"] == ["5"]
+    assert producer.bulk_send("t", [spoilt, kmsg("b")]).retval == {"failed": ["5"], "sent": ["b"]}
 
 
 def test_k99_the_key_is_the_one_given_else_that_of_the_operation_else_the_uuid():
@@ -406,6 +552,68 @@ def test_a_timeout_of_one_thread_does_not_drop_what_another_waits_for():
     release.append(True)
     slow.join(10)
     assert outcome == [0]
+
+
+def test_a_message_handed_over_while_another_thread_gives_up_is_not_dropped_with_it():
+    """Between looking whether anybody else has something queued, and dropping it."""
+    outcome, begun, dropped = [], [], []
+
+    class Late(FakeSink):
+        def drop_queued(self):
+            thread = threading.Thread(target=lambda: outcome.append(producer.send("t", kmsg("late"), timeout=10)))
+            begun.append(thread)
+            thread.start()
+            thread.join(0.3)  # it hands its message over now, unless it has to wait for the end of this
+            super().drop_queued()
+            dropped.append(True)
+
+    producer = Producer(Late(answer=lambda record: None if dropped and record.topic == "t" else HOLD))
+    assert producer.send("dead", kmsg("dead"), timeout=0.05).retcode == 504
+    begun[0].join(10)
+    assert [r.retcode for r in outcome] == [0]
+    assert producer.sink.dropped == 1
+
+
+def test_a_thread_that_has_begun_and_handed_over_nothing_yet_is_not_dropped_either():
+    go_on, begun, outcome = threading.Event(), threading.Event(), []
+
+    class Slow(Message):
+        def dumps(self):
+            begun.set()
+            assert go_on.wait(10)
+            return super().dumps()
+
+    sink = FakeSink(answer=lambda record: HOLD if record.topic == "dead" else None)
+    producer = Producer(sink)
+    thread = threading.Thread(target=lambda: outcome.append(producer.send("t", Slow("late", "e"), timeout=10)))
+    thread.start()
+    assert begun.wait(10)
+    assert producer.send("dead", kmsg("dead"), timeout=0.05).retcode == 504
+    go_on.set()
+    thread.join(10)
+    assert ([r.retcode for r in outcome], sink.dropped) == ([0], 0)
+
+
+def test_closing_while_a_thread_waits_gives_it_a_failed_result():
+    class Closing(FakeSink):
+        def flush(self, timeout_s):
+            if self.closed:
+                raise TransportError("The producer is closed: make a new one")
+            return super().flush(timeout_s)
+
+        def drop_queued(self):
+            raise TransportError("The producer is closed: make a new one")
+
+    sink, outcome = Closing(answer=lambda record: HOLD), []
+    producer = Producer(sink)
+    thread = threading.Thread(target=lambda: outcome.append(producer.send("t", kmsg(), timeout=30)))
+    thread.start()
+    end = time.monotonic() + 5
+    while not sink.records and time.monotonic() < end:
+        time.sleep(0.002)
+    producer.close()
+    thread.join(10)
+    assert [(r.retcode, "The producer is closed" in r.stderr) for r in outcome] == [(504, True)]
 
 
 def test_a_message_whose_own_dumps_raises_is_a_failed_result():
