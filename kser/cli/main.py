@@ -12,9 +12,12 @@ from typing import Any, NoReturn
 import click
 
 from kser.cli.broker import broker
+from kser.cli.control import abort, pause, paused, resume
 from kser.cli.demo import demo
+from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
 from kser.cli.launch import launch
+from kser.cli.operations import operations
 from kser.cli.options import example, format_option, need_command, outer_log_level_option
 from kser.cli.send import send
 from kser.cli.tasks import tasks
@@ -104,7 +107,9 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
     need_command(ctx)
 
 
-for _command in (demo, worker, launch, send, tasks, topics, broker):
+for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, broker):
+    cli.add_command(_command)
+for _command in (abort, pause, resume, paused):
     cli.add_command(_command)
 
 

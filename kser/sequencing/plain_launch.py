@@ -129,20 +129,18 @@ def _frame(operation: "Operation", path: str, topic: str, near: str | None) -> d
         metadata = {k: v for k, v in operation.metadata.items() if k != METADATA_KEY}
         if metadata:
             frame["metadata"] = metadata
-    known, home, entries = EntrypointMeta.facts, operation._home, []
+    known, home, entries = EntrypointMeta.facts, operation._home if topic == near else None, []
     for task in operation.tasks[1:]:
         facts = known.get(type(task)) or _facts(task)
         if facts is None:
             return None
         own = task.__dict__
         if (
-            facts.enters
+            facts.home is home is not None
+            and facts.enters
             and len(own) == _OF_TASK
-            and facts.home is home
-            and topic == near
             and not own.get("metadata", True)
             and "params" in own
-            and "uuid" in own
         ):
             entries.append({"uuid": own["uuid"], "entrypoint": facts.path, "params": own["params"]})
         elif task.status != _SUCCESS:

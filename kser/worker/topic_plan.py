@@ -7,6 +7,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Final, Literal, NamedTuple
 
+from kser.control import control_topic
 from kser.errors import ConfigurationError
 from kser.events import events_topic
 from kser.producer import max_message_bytes
@@ -123,7 +124,7 @@ KINDS: Final[Sequence[Kind]] = (
         retention_ms=_WEEK_MS,
         least_ms=_DAY_MS,
     ),
-    Kind(pattern="{group}.control", feature=Feature.CONTROL, partitions="one", cleanup="compact"),
+    Kind(pattern=control_topic("{group}"), feature=Feature.CONTROL, partitions="one", cleanup="compact"),
     Kind(pattern="{group}.state.{topic}", feature=Feature.STATE, partitions="same", cleanup="compact"),
     Kind(pattern="{group}.dlq", feature=Feature.DEAD_LETTERS, partitions="largest", least_ms=_WEEK_MS, strict=True),
     *(

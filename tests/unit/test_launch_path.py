@@ -449,3 +449,42 @@ def test_what_is_no_task_is_left_to_the_general_way():
     registry.producer = Producer()
     with pytest.raises(AttributeError, match="'str' object has no attribute 'status'"), registry.producer.batch():
         operation.launch()
+
+
+def with_second(**changes):
+    """The spec whose second task is changed."""
+    return {**SPEC, "tasks": [SPEC["tasks"][0], {**SPEC["tasks"][1], **changes}, SPEC["tasks"][2]]}
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC,
+        {**SPEC, "cls": OpTopic},
+        {**SPEC, "own": {"topic": "other"}},
+        {**SPEC, "own": {"key": "k"}},
+        {**SPEC, "metadata": {"a": 1, "kser": 5}},
+        with_second(metadata={"a": 1}),
+        with_second(status="SUCCESS"),
+        with_second(own={"topic": "other"}),
+        with_second(own={"key": "k"}),
+        with_second(own={"note": 1}),
+        with_second(cls=Foreign),
+        with_second(cls=Homeless),
+        with_second(cls=WithProperty),
+        with_second(cls=Mixed),
+        with_second(cls=Plain, children=2),
+        with_second(cls=Inner),
+    ],
+)
+def test_entries_of_each_kind_are_written_alike_on_the_short_way(spec):
+    short, taken = launch(spec)
+    with no_short_way():
+        general, _ = launch(spec)
+    assert (taken, short) == (1, general)
+
+
+def test_a_launch_that_is_too_large_is_refused_with_the_limit():
+    spec = {**SPEC, "params": {"a": "x" * 1_000_000}}
+    given, taken = launch(spec)
+    assert (given[0], given[3][0], taken) == ([], 413, 0)
