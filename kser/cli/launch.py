@@ -159,4 +159,5 @@ class _Within:
         self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None, headers: Headers = ()
     ) -> Result:
         """As the producer, within the shorter time."""
-        return self._producer.send(topic, kmsg, min(timeout, self._timeout), key=key, headers=headers)
+        more: dict[str, Any] = {"headers": headers} if headers else {}
+        return self._producer.send(topic, kmsg, min(timeout, self._timeout), key=key, **more)

@@ -1,16 +1,15 @@
 """Producer over confluent-kafka."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from kser.confluent.transport import ConfluentTransport
-from kser.producer import BaseProducer
+from kser.operating import OperatingProducer
 
 __all__ = ["Producer"]
 
 
-class Producer(BaseProducer):
+class Producer(OperatingProducer):
     """Sends messages to Kafka, and waits until the broker has them. May be shared by threads; close() it at the end.
 
     Args:
@@ -22,5 +21,4 @@ class Producer(BaseProducer):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        transport = ConfluentTransport(config)
-        super().__init__(transport.sink(), partial(transport.sink, failures_only=True))
+        super().__init__(ConfluentTransport(config))

@@ -1,16 +1,15 @@
 """Producer of the in-memory driver."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from kser.dummy.clusters import cluster
-from kser.producer import BaseProducer
+from kser.operating import OperatingProducer
 
 __all__ = ["Producer"]
 
 
-class Producer(BaseProducer):
+class Producer(OperatingProducer):
     """Sends messages to a cluster in this process; a dummy Consumer with the same ``bootstrap.servers`` gets them.
 
     Args:
@@ -18,5 +17,4 @@ class Producer(BaseProducer):
     """
 
     def __init__(self, config: Mapping[str, Any] | None = None) -> None:
-        memory = cluster(config)
-        super().__init__(memory.sink(), partial(memory.sink, failures_only=True))
+        super().__init__(cluster(config))

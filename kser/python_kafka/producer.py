@@ -1,17 +1,16 @@
 """Producer that takes the option names of kafka-python."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from kser.confluent.transport import ConfluentTransport
-from kser.producer import BaseProducer
+from kser.operating import OperatingProducer
 from kser.python_kafka.config import producer_config
 
 __all__ = ["Producer"]
 
 
-class Producer(BaseProducer):
+class Producer(OperatingProducer):
     """Sends messages to Kafka, and waits until the broker has them. May be shared by threads; close() it at the end.
 
     Args:
@@ -22,5 +21,4 @@ class Producer(BaseProducer):
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        transport = ConfluentTransport(producer_config(config))
-        super().__init__(transport.sink(), partial(transport.sink, failures_only=True))
+        super().__init__(ConfluentTransport(producer_config(config)))

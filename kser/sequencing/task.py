@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 from kser import context, eventloop, results
 from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up, wire_name
@@ -41,6 +41,24 @@ class MessageSender(Protocol):
         self, topic: str, kmsg: Message, timeout: float = 60, *, key: str | None = None, headers: Headers = ()
     ) -> Result:
         """Send one message; the Result says whether the broker confirmed it."""
+
+
+class Operator(Protocol):
+    """What aborting and resuming need of a producer: kser.operating.OperatingProducer."""
+
+    def abort(self, uuid: str, *, group: str = ..., why: str = ..., timeout: float = ...) -> Result:
+        """Tell the workers of a group that an operation, or a task of none, is to end."""
+
+    def resume(
+        self,
+        uuid: str,
+        *,
+        group: str = ...,
+        params: Mapping[str, Any] | None = ...,
+        step: str | int | None = ...,
+        timeout: float = ...,
+    ) -> Result:
+        """Begin a new run of a failed operation."""
 
 
 class Home(Protocol):
@@ -234,6 +252,50 @@ class Task(Entrypoint):
             return producer.send(target, kmsg, timeout, key=key or self.key, headers=headers)
         return producer.send(target, kmsg, timeout, key=key or self.key)
 
+    def abort(self, *, group: str = "kser", why: str = "", timeout: float = 60) -> Result:
+        """Tell the workers of ``group`` that this is to end: a task that is running sees it, nothing more is run of it.
+
+        Its end is told in the events, ABORTED, and cannot be taken back; doing it again changes nothing. A task of an
+        operation is refused: abort the operation.
+
+        Returns: a Result; failed when it has ended already, or the workers may not hear of it.
+
+        Raises ConfigurationError when there is no producer that can tell them.
+        """
+        home = self.home
+        return _operator(home.producer if home is not None else None).abort(
+            self.uuid, group=group, why=why, timeout=timeout
+        )
+
+    @classmethod
+    def resume(
+        cls,
+        uuid: str,
+        *,
+        group: str = "kser",
+        params: Mapping[str, Any] | None = None,
+        step: str | int | None = None,
+        timeout: float = 60,
+    ) -> Result:
+        """Begin a new run of what failed, of this uuid, with what it had: an operation goes on at the failed step.
+
+        Args:
+            uuid: of the root operation, or of a task of none.
+            group: the workers' group.
+            params: these take the place of that step's parameters of the same names.
+            step: begin at another step: its name, or its position from 0.
+            timeout: seconds to read what is needed, and to be confirmed; each.
+
+        Returns: a Result, ``retval["run"]`` is the new run. Failed, with the reason, while the operation is alive and
+            when there is nothing to resume it from. Resumed several times at once, by whomever, it is run once.
+
+        Raises ConfigurationError when there is no producer that can do it.
+        """
+        home = cls._home
+        return _operator(home.producer if home is not None else None).resume(
+            uuid, group=group, params=params, step=step, timeout=timeout
+        )
+
     @property
     def home(self) -> Home | None:
         """The registry this task's class was subscribed to, or None."""
@@ -313,6 +375,16 @@ def not_before(delay: float | None, at: datetime | None) -> Headers:
 
 
 _LONGEST_DELAY_S = 315_360_000
+
+
+def _operator(producer: MessageSender | None) -> Operator:
+    """The producer, when it can abort and resume."""
+    if producer is None or not hasattr(producer, "abort") or not hasattr(producer, "resume"):
+        raise ConfigurationError(
+            "No producer that can abort and resume is configured: subscribe the class to a registry made with "
+            "OperationRegistry(producer=kser.confluent.producer.Producer(config)), or call registry.configure(producer=...)"
+        )
+    return cast(Operator, producer)
 
 
 class Facts:

@@ -283,10 +283,7 @@ class Runner:
             task = entrypoint if isinstance(entrypoint, Task) else None
             scope.derive_from(entrypoint.uuid)
             entrypoint._control = control
-            if error is None:
-                result = self._execute(entrypoint)
-            else:
-                result = self._finish(entrypoint, error)
+            result = self._execute(entrypoint) if error is None else self._finish(entrypoint, error)
         if task is None:  # nobody's class, or a bare Entrypoint: for the sequence it is a task all the same
             task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
             task.entrypoint = kmsg.entrypoint
