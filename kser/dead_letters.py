@@ -473,10 +473,14 @@ class DeadLetters:
         if not earlier:
             there = [(letter.position, letter.entrypoint), *((it.position, it.entrypoint) for it in steps)]
             known = ", ".join(f"{at} {name}" for at, name in there)
+            before = (
+                f". Of those before it no message of this name or position is in {letter.origin_topic}"
+                f"[{letter.origin_partition}]: they are of another topic or key, or too old to be kept"
+            )
+            if isinstance(wanted, int) and wanted > letter.position:
+                before = ""
             raise ValidationError(
-                f"There is no step {wanted} to begin at. From the failed one on there are: {known}. Of those before it "
-                f"no message is in {letter.origin_topic}[{letter.origin_partition}]: they are of another topic or key, "
-                "or too old to be kept",
+                f"There is no step {wanted} to begin at. From the failed one on there are: {known}{before}",
                 extra={"step": wanted},
             )
         _only_one(list(earlier), "earlier steps", wanted)

@@ -150,12 +150,22 @@ def message_in(value: bytes | None, message: type[Message]) -> tuple[Message | N
     try:
         kmsg = message.loads(value if value is not None else b"")
     except Exception as exc:  # noqa: BLE001 - data that is no message; a class of the user's may raise anything
-        reason = exc.extra if isinstance(exc, ValidationError) and exc.extra else exc
-        return None, None, f"no message: {reason}"
+        return None, None, _why_not(exc)
     try:
         return kmsg, Itinerary.of(kmsg), ""
     except Error as exc:
         return kmsg, None, str(exc.message)
+
+
+def _why_not(exc: Exception) -> str:
+    """Why there is no message, for people: what is wrong with which field."""
+    if not isinstance(exc, ValidationError) or not exc.extra:
+        return str(exc) or type(exc).__name__
+    told = []
+    for name, found in exc.extra.items():
+        wrong = " ".join(map(str, found)) if isinstance(found, list) else str(found)
+        told.append(wrong if name == "_schema" else f"{name}: {wrong}")
+    return "; ".join(told)
 
 
 def _coordinates(value: bytes | None) -> dict[str, Any]:

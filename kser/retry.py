@@ -14,9 +14,9 @@ __all__ = ["Retry"]
 class Retry:
     """How a task that failed on a worker is tried again. Give it to a class: ``retry = Retry(attempts=5)``.
 
-    Attempt n + 1 comes ``backoff_s * factor ** (n - 1)`` seconds after attempt n failed, ``max_s`` at most, give or take
-    ``jitter``. Up to 30 s the message waits in its worker, and those of the same key behind it; longer in a topic of the
-    group, and then those behind it go first, unless the class says ``order = "strict"``.
+    Attempt n + 1 comes ``backoff_s * factor ** (n - 1)`` seconds after attempt n failed, ``max_s`` at most, give or
+    take ``jitter``. Up to 30 s the message waits in its worker, and those of the same key behind it; longer in a topic
+    of the group, and then those behind it go first, unless the class says ``order = "strict"``.
 
     A failure between attempts calls no hook, and its operation waits. After the last one the task fails as any other.
 
@@ -75,6 +75,7 @@ class Retry:
         Args:
             attempt: the one that failed, from 1.
             cause: what it raised; None when it returned a failed Result.
+            uuid: of the task.
         """
         if attempt >= self.attempts or not self._wants(cause):
             return None

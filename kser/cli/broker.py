@@ -73,5 +73,5 @@ def _introduce(address: str, tasks: dict[str, int], group: str | None) -> None:
 
 
 def group_topics(group: str, tasks: Mapping[str, int]) -> dict[str, int]:
-    """Task topics and those of a group that match them, name -> partitions: on this broker nobody else can make them."""
+    """Task topics and those of a group to match them, name -> partitions: on this broker nobody else can make them."""
     return {spec.name: spec.partitions for spec in TopicPlan(group=group, tasks=tasks).specs({})}

@@ -138,7 +138,7 @@ def outcome_lines(outcomes: Sequence[Replay]) -> Iterator[str]:
 
 
 def _outcome(outcome: Replay, *, short: bool) -> str:
-    """The task, what it is part of, where it goes, or why not. ``short``: operations by the beginning of their uuids."""
+    """The task, what it is part of, where it goes, or why not. ``short``: of an operation the beginning of its uuid."""
     letter, record = outcome.letter, outcome.record
     if outcome.status in ("refused", "failed") or record is None:
         return f"{letter.name}: {outcome.reason}"

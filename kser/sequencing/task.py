@@ -382,9 +382,10 @@ def _operator(producer: MessageSender | None) -> Operator:
     if producer is None or not hasattr(producer, "abort") or not hasattr(producer, "resume"):
         raise ConfigurationError(
             "No producer that can abort and resume is configured: subscribe the class to a registry made with "
-            "OperationRegistry(producer=kser.confluent.producer.Producer(config)), or call registry.configure(producer=...)"
+            "OperationRegistry(producer=kser.confluent.producer.Producer(config)), or call "
+            "registry.configure(producer=...)"
         )
-    return cast(Operator, producer)
+    return cast("Operator", producer)
 
 
 class Facts:

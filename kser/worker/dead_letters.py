@@ -123,10 +123,11 @@ def dead_letter(
     why = f"Its value of {len(value or b'')} bytes is not in here: read {where}"
     essential += [(LEFT_OUT, b"value"), (names.REASON, _cut(why, 2 * _NAME_BYTES))]
     place = _place(record, kmsg)
-    for at, headers in ((key, [*essential, told, *traced]), (key, essential)):
+    full, short = [*essential, told, *traced], [*essential, told]
+    for at, headers in ((key, full), (key, short), (key, essential)):
         if _size(at, place, headers) <= max_bytes:
             return OutRecord(topic, at, place, headers)
-    return OutRecord(topic, None, place, essential)
+    return OutRecord(topic, None, place, short)
 
 
 def mask_text(text: str) -> str:

@@ -520,10 +520,13 @@ class Executor:
                     if hand.abandoned:
                         return False
                 item.outcome = outcome
-                if (told := self._told) is not None and told.aborts:
+                if (
+                    (told := self._told) is not None
+                    and told.aborts
                     # One that was ended because of an abort is not just discarded, as one whose partition went is.
-                    if outcome.kind in _ENDS or (outcome.kind == "aborted" and item.control.aborted == "aborted"):
-                        self._stopped(told, item, work)
+                    and (outcome.kind in _ENDS or (outcome.kind == "aborted" and item.control.aborted == "aborted"))
+                ):
+                    self._stopped(told, item, work)
         except Exception:
             with hand.lock:
                 hand.item = None

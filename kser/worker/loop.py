@@ -780,7 +780,7 @@ class Loop:
         self.pending.insert(0, item)
 
     def _letter_refused(self, item: Item, error: Error) -> None:
-        """The broker refused a dead letter: the least that one can be is tried, then nothing is given up but the run."""
+        """The broker refused a dead letter: the least that one can be is tried, then the worker ends."""
         outcome: Outcome = item.outcome
         if outcome.shortened:
             self.failure = self.failure or TransportError(

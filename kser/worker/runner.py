@@ -230,6 +230,8 @@ class Runner:
         outbox = _Outbox(self.sequencer, work.record.topic)
         with context.within(context.Scope(outbox)):
             consequences = self.sequencer.aborted(task, result, work.itinerary)
+            if work.itinerary is None:
+                _number_run(consequences, work)
             outcome = self._outcome("abort", consequences, outbox)
         outcome.refused = lambda _error: []
         return outcome
@@ -311,7 +313,9 @@ class Runner:
         """Another attempt follows: nothing but an event says that this one failed."""
         note = f"attempt {work.attempt} failed, the next one in {delay_s:.3g} s"
         event = step_event(task, result, work.itinerary)
-        event = event._replace(type=EventType.STEP_RETRYING, status=Status.PENDING, attempt=work.attempt, note=note)
+        event = event._replace(
+            type=EventType.STEP_RETRYING, status=Status.PENDING, run=work.subject[1], attempt=work.attempt, note=note
+        )
         refused = partial(self._task_refused, task, work)
         return Outcome("retry", self._records([], [event]), refused=refused, again_s=delay_s)
 
@@ -349,6 +353,8 @@ class Runner:
 
     def _ended(self, work: Work, task: Task, result: Result, outbox: _Outbox) -> Outcome:
         consequences = self.sequencer.task_ended(task, result, work.itinerary, work.record.topic)
+        if work.itinerary is None:
+            _number_run(consequences, work)
         outcome = self._outcome("done" if results.is_success(result) else "failed", consequences, outbox)
         outcome.refused = partial(self._task_refused, task, work)
         if outcome.kind == "failed":
@@ -471,3 +477,10 @@ class Runner:
 def _tell(task: Entrypoint) -> None:
     """Call on_cancel(), in a thread of its own: it is the user's, and who tells has no time."""
     threading.Thread(target=task.on_cancel, name="kser-cancel", daemon=True).start()
+
+
+def _number_run(consequences: Consequences, work: Work) -> None:
+    """A lone task that came back from the dead letters is in a run of its own, like an operation that was resumed."""
+    run = work.subject[1]
+    if run > 1:
+        consequences.events[:] = [event._replace(run=run) for event in consequences.events]

@@ -166,7 +166,7 @@ def test_what_does_not_fit_goes_the_dearest_last():
     assert names(24_000) == (["mine"], True, "")
     assert names(22_000) == ([headers.ERROR], True, "headers")
     assert names(20_000) == ([headers.ERROR, headers.TRACE], False, "value")
-    assert names(LEAST_BYTES) == ([], False, "value")
+    assert names(LEAST_BYTES) == ([headers.ERROR], False, "value")
 
 
 def test_a_value_that_is_left_out_is_replaced_by_where_it_is_and_what_was_in_it():
@@ -438,9 +438,23 @@ def test_what_cannot_be_read_is_a_letter_all_the_same(transport, shop):
     assert shop.run() == ["rejected"]
     (letter,) = shop.letters.list()
     assert (letter.entrypoint, letter.uuid, letter.operation, letter.value) == ("", "", None, b"\xffnot json")
-    assert "no message" in letter.unreadable
+    assert letter.unreadable.startswith("Not a JSON object: ")
     assert letter.claim == f"again:{TOPIC}/{letter.origin_partition}/0:1:0:0"
     assert letter.name == f"{TOPIC}[{letter.origin_partition}] at 0"
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (b'{"uuid": "", "params": 5}', ("entrypoint: Missing", "uuid: Shorter", "params: Not a valid")),
+        (b"[]", ("Invalid input",)),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_told_by_its_fields(transport, shop, value, why):
+    put(transport, value)
+    (letter,) = shop.letters.list()
+    assert all(part in letter.unreadable for part in why), letter.unreadable
+    assert "{" not in letter.unreadable
 
 
 def test_records_that_kser_did_not_write_are_letters_of_which_little_is_known(transport, shop):
@@ -973,8 +987,9 @@ def test_an_earlier_step_that_is_not_kept_is_told(five, shop, transport):
 
 @pytest.mark.parametrize("step", ["Z", 5, 99, ""])
 def test_a_step_that_there_is_not_is_told(five, shop, step):
-    with pytest.raises(ValidationError, match=f"There is no step {step} to begin at"):
+    with pytest.raises(ValidationError, match=f"There is no step {step} to begin at") as caught:
         shop.letters.resume(five.uuid, step=step)
+    assert ("before it" in caught.value.message) == isinstance(step, str)
 
 
 def test_a_name_of_several_steps_is_not_guessed(registry, tasks, shop, broken):

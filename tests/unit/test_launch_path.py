@@ -488,3 +488,12 @@ def test_a_launch_that_is_too_large_is_refused_with_the_limit():
     spec = {**SPEC, "params": {"a": "x" * 1_000_000}}
     given, taken = launch(spec)
     assert (given[0], given[3][0], taken) == ([], 413, 0)
+
+
+@pytest.mark.parametrize("first", [Foreign, Homeless, OwnMessage, OwnSend, Mixed, Inner, Plain])
+def test_a_first_task_of_another_kind_is_left_to_the_general_way(first):
+    spec = {**SPEC, "tasks": [{**SPEC["tasks"][0], "cls": first}, *SPEC["tasks"][1:]]}
+    short, taken = launch(spec)
+    with no_short_way():
+        general, _ = launch(spec)
+    assert (taken, short) == (0, general)
