@@ -220,6 +220,8 @@ class OperationView:
     #: Tasks that ended, in order.
     steps: list[Event] = field(default_factory=list)
     result: Result | None = None
+    #: The newest run that is told of: what is told of an older one counts no more.
+    run: int = 1
     _seen: set[tuple[Any, ...]] = field(default_factory=set)
 
     def apply(self, event: Event) -> bool:
@@ -231,6 +233,10 @@ class OperationView:
             self.entrypoint = event.entrypoint
         if event.type in (EventType.STEP_DONE, EventType.STEP_FAILED):
             self.steps.append(event)
+        if event.run > self.run:  # it was resumed
+            self.run, self.status, self.result = event.run, "PENDING", None
+        if event.run < self.run:
+            return True
         if event.ends:
             self.status, self.result = event.status, event.result
         elif self.status == "PENDING":

@@ -23,7 +23,7 @@ from kser.cli.options import (
 from kser.cli.send import NO_TOPIC, tell_sent
 from kser.cli.watch import Deadline, watch
 from kser.entry import Entrypoint, wire_name
-from kser.errors import ConfigurationError, Error
+from kser.errors import ConfigurationError, Error, ValidationError
 from kser.events import events_topic
 from kser.headers import Headers
 from kser.loading import find_class, load, where
@@ -54,6 +54,11 @@ _ANSWERS_S = 10.0
 @topic_option
 @params_option
 @key_option
+@option(
+    "--key",
+    metavar="TEXT",
+    help="What the operation is for, an order's number say: of all that are launched with the same one, one is started.",
+)
 @option("--watch", "follow", is_flag=True, help="Show its steps, and end when it ends: exit code 0 on SUCCESS, else 1.")
 @group_option
 @option(
@@ -70,6 +75,7 @@ def launch(
     operation: str,
     topic: str | None,
     params: dict[str, Any],
+    message_key: str | None,
     key: str | None,
     follow: bool,
     group: str | None,
@@ -84,7 +90,7 @@ def launch(
     loaded = load(registry)
     if (default := connection.topic(topic)) is not None:
         loaded.configure(topic=default)
-    made = _build(find_class(loaded, operation), params, key)
+    made = _build(find_class(loaded, operation), params, message_key, key)
     target = _target(made, loaded, topic)
     deadline = Deadline(timeout)
     if not follow:
@@ -94,7 +100,8 @@ def launch(
     transport = connection.transport()
     with connection.patience():
         transport.admin().cluster_id(min(_ANSWERS_S, deadline.left))  # else reader() waits for its own time
-        reader = transport.reader([events_topic(named)], start="end")  # before the first event can come
+        # Before the first event can come; with a key it may have come long ago.
+        reader = transport.reader([events_topic(named)], start="beginning" if key else "end")
     try:
         sent = _send(made, loaded, connection, target, deadline)
         if not results.is_success(sent) or output != "json":
@@ -105,12 +112,14 @@ def launch(
         reader.close()
 
 
-def _build(cls: type[Entrypoint], params: dict[str, Any], key: str | None) -> Entrypoint:
+def _build(cls: type[Entrypoint], params: dict[str, Any], message_key: str | None, key: str | None) -> Entrypoint:
     """The task or operation, ready to be sent. Raises ValidationError for a missing parameter."""
+    if key and not issubclass(cls, Operation):
+        raise ValidationError(f"--key {key}: only operations are started once; {wire_name(cls)} is a task")
     try:
-        made = cls(params=params)
-        if isinstance(made, Task) and key:
-            made.key = key
+        made = cls(params=params, idempotency_key=key) if key and issubclass(cls, Operation) else cls(params=params)
+        if isinstance(made, Task) and message_key:
+            made.key = message_key
         if isinstance(made, Operation):
             made.build()
         else:

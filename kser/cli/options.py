@@ -212,9 +212,9 @@ def topic_option(function: Function) -> Function:
 
 
 def key_option(function: Function) -> Function:
-    """--key, for what is sent."""
+    """--message-key, for what is sent."""
     return option(
-        "--key", metavar="TEXT", help="Message key (a customer, an order): what has the same stays in order."
+        "--message-key", metavar="TEXT", help="Message key (a customer, an order): what has the same stays in order."
     )(function)
 
 

@@ -62,7 +62,7 @@ def send(
     topic: str | None,
     params: dict[str, Any],
     uuid: str | None,
-    key: str | None,
+    message_key: str | None,
     timeout: float,
     connection: Connection,
     output: str,
@@ -76,7 +76,7 @@ def send(
         raise ConfigurationError(NO_TOPIC)
     kmsg = Message(uuid or str(uuids.uuid4()), entrypoint, params)
     with connection.patience(), connection.producer() as producer:
-        result = producer.send(target, kmsg, timeout, key=key)
+        result = producer.send(target, kmsg, timeout, key=message_key)
     tell_sent(kmsg.uuid, entrypoint, target, result, output)
 
 

@@ -88,7 +88,7 @@ class Operation(Task):
         if key:
             self.key = key
         if tasks:
-            self._add_tasks(tasks)
+            self._add_tasks(list(tasks))
 
     @classmethod
     def _uuid_for(cls, idempotency_key: str, uuid: str | None) -> str:

@@ -81,8 +81,11 @@ class LockFiles:
     def close(self) -> None:
         """Remove the running file."""
         path = self._path("RUNNING_FILE", "run")
-        if path is not None and self._wrote:
-            with contextlib.suppress(OSError):
+        if path is None or not self._wrote:
+            return
+        with contextlib.suppress(OSError):
+            # RUNNING_FILE may name one file for several processes: another one's is left to it.
+            if path.read_text(encoding="utf-8", errors="backslashreplace") == self._running:
                 path.unlink()
 
     def _look(self) -> None:

@@ -22,7 +22,7 @@ from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing,
 from kser.sequencing.task import Task, UnregisteredTask
 from kser.status import Status
 from kser.transport import OutRecord, Record
-from kser.worker.dead_letters import dead_letter
+from kser.worker.dead_letters import MAX_BYTES, dead_letter
 from kser.worker.tiers import dead_letter_topic
 
 __all__ = ["Outcome", "Runner", "Work"]
@@ -30,6 +30,8 @@ __all__ = ["Outcome", "Runner", "Work"]
 logger = logging.getLogger(__name__)
 
 _ON_CANCEL = Entrypoint.on_cancel
+#: What a dead letter has beside its value: where messages may be larger, it may be, too.
+_ROOM_BYTES = 12 * 1024
 #: A message that nobody here can run comes back after so many seconds, to be looked at again.
 _LOOK_AGAIN_S = 10.0
 
@@ -376,6 +378,7 @@ class Runner:
                     group=self._group.decode(),
                     worker=self.worker,
                     now_ms=int(time.time() * 1000),
+                    max_bytes=max(MAX_BYTES, self.sequencer.limit + _ROOM_BYTES),
                 )
             )
 

@@ -348,7 +348,7 @@ def _unfinished(facts: Facts, committed: Iterable[Committed], verdict: Verdict) 
     stored = {position.partition: position for position in committed}
     for partition, found in sorted(there.items()):
         position = stored.get(partition, Committed(partition, -1))
-        _, end, listed = offsets.decode(position.offset, position.metadata)
+        _, end, listed, *_ = offsets.decode(position.offset, position.metadata)
         unsettled = set(listed)
         left = sorted(offset for offset in found if offset >= end or offset in unsettled) or listed
         if left:

@@ -18,7 +18,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kser import Message, Result, Worker
+from kser import Message, Result, Worker, headers
 from kser.cli import demo as demo_module
 from kser.cli import errors, watch
 from kser.cli import worker as worker_command
@@ -674,7 +674,7 @@ def test_send_prints_the_uuid_and_where_it_went(run, broker):
 
 
 def test_send_as_json_is_one_document(run, broker):
-    result = run("send", "x", "--topic", "shop", "--uuid", "u1", "--key", "c7", "--format", "json", *SERVERS)
+    result = run("send", "x", "--topic", "shop", "--uuid", "u1", "--message-key", "c7", "--format", "json", *SERVERS)
     data = json.loads(result.stdout)
     assert {k: data[k] for k in ("uuid", "entrypoint", "topic")} == {"uuid": "u1", "entrypoint": "x", "topic": "shop"}
     assert data["result"]["retcode"] == 0
@@ -718,7 +718,7 @@ def test_launch_sends_the_first_task_with_what_follows_it(run, app, broker):
         "shop",
         "--params",
         '{"amount": 3}',
-        "--key",
+        "--message-key",
         "c7",
         *SERVERS,
         "--format=json",
@@ -733,9 +733,29 @@ def test_launch_sends_the_first_task_with_what_follows_it(run, app, broker):
     assert (data["entrypoint"], data["topic"]) == (f"{path.stem}.Order", "shop")
 
 
+def test_launched_with_the_same_key_operations_are_one(run, app, broker):
+    """They have one uuid, and the worker that meets the second one drops it."""
+    path = app()
+    told = [
+        json.loads(run("launch", path, "Order", "--topic", "shop", "--params", '{"amount": 3}', "--key", key, *SERVERS,
+                       "--format=json").stdout)["uuid"]
+        for key in ("order 7", "order 7", "order 8")
+    ]  # fmt: skip
+    assert told[0] == told[1] != told[2]
+    assert [headers.text(r.headers, headers.CLAIM) for r in broker.records("shop")] == [
+        f"start:{uuid}" for uuid in told
+    ]
+
+
+def test_a_key_of_a_task_is_refused(run, app, broker):
+    result = run("launch", app(), "Mail", "--key", "k", *SERVERS)
+    assert (result.exit_code, broker.records("mails")) == (2, [])
+    assert "only operations are started once" in error_line(result)
+
+
 def test_launch_of_a_task_sends_it_to_its_own_topic(run, app, broker):
     path = app()
-    result = run("launch", path, "Mail", "--key", "c7", *SERVERS)
+    result = run("launch", path, "Mail", "--message-key", "c7", *SERVERS)
     assert result.exit_code == 0, result.stderr
     [kmsg] = messages(broker, "mails")
     assert result.stdout == f"{path.stem}.Mail[{kmsg.uuid}] sent to mails\n"
