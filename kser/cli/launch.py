@@ -57,7 +57,7 @@ _ANSWERS_S = 10.0
 @option(
     "--key",
     metavar="TEXT",
-    help="What it is for, say an order's number: of all operations that are launched with the same one, one is started.",
+    help="What it is for, an order's number say: of all that are launched with the same one, one is started.",
 )
 @option("--watch", "follow", is_flag=True, help="Show its steps, and end when it ends: exit code 0 on SUCCESS, else 1.")
 @group_option
