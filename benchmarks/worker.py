@@ -47,7 +47,7 @@ def finished(source, topic):
     """Offsets that are finished, by what the group has committed; markers of transactions count as well."""
     done = 0
     for position in source.committed([Partition(topic, n) for n in range(PARTITIONS)]):
-        _, end, unfinished = decode(position.offset, position.metadata)
+        _, end, unfinished, *_ = decode(position.offset, position.metadata)
         done += max(end, 0) - len(unfinished)
     return done
 
