@@ -34,13 +34,14 @@ demo: $(STAMP)  ## operations of three rolls on an embedded broker, from start t
 	@$(BIN)/kser demo
 
 test: setup  ## every test; Apache Kafka is fetched and run if Java and Maven are there
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python $(if $(ARGS),-m pytest $(ARGS),-m tests.run_all)
 
 chaos: setup  ## the long fault suite: kill -9 of workers and brokers under load, for an hour
 	@for run in "exactly_once classic 20000 20" "exactly_once consumer 20000 20" "at_least_once classic 5000 6" \
 		"at_least_once consumer 5000 6"; do \
 		set -- $$run; echo "== $$1, group protocol $$2"; \
 		$(BIN)/python -m tests.chaos --delivery $$1 --protocol $$2 --operations $$3 --minutes $$4 $(CHAOS_ARGS) || exit 1; done
+	@$(BIN)/python -m pytest -m long
 	@echo "== at_least_once, embedded broker"
 	@$(BIN)/python -m tests.chaos --delivery at_least_once --broker embedded --operations 1000 --minutes 3 $(CHAOS_ARGS)
 

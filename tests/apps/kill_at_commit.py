@@ -1,4 +1,4 @@
-"""A worker that kills itself (-9) when it would commit its first offset: what follows is confirmed, the offset is not.
+"""A worker that kills itself (-9) when it would commit what it has run: what follows is confirmed, the offset is not.
 
 Arguments: bootstrap servers, topic, group.
 """
@@ -19,7 +19,7 @@ class KillingTransport(ConfluentTransport):
         def commit(*arguments, **options):
             os.kill(os.getpid(), signal.SIGKILL)
 
-        source.commit = source.commit_later = commit
+        source.commit_later = commit  # commit() notes that the partition is worked on, before anything is run
         return source
 
 

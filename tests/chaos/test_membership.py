@@ -26,6 +26,8 @@ DEAF_S = 2.0
 #: docs/worker.md promises 30 s; the rest is for a busy machine.
 WITHIN_S = 40
 
+LONG = pytest.mark.long
+
 
 class Member:
     """A member of the group, polled by a thread of its own."""
@@ -104,7 +106,7 @@ def wait_shared(apache: ApacheKafka, group: str, *members: Member) -> None:
         raise AssertionError(f"{error}; the members have {[sorted(m.owned) for m in members]}\n{state}") from None
 
 
-@pytest.mark.parametrize("name", [None, "first"], ids=["no name", "static member"])
+@pytest.mark.parametrize("name", [pytest.param(None, id="no name"), pytest.param("first", id="static", marks=LONG)])
 def test_a_member_that_was_not_told_to_let_go_of_partitions_lets_go_of_them(
     apache: ApacheKafka, proxy: KafkaProxy, opened: ExitStack, caplog, name
 ):
@@ -138,7 +140,7 @@ def test_a_member_that_was_not_told_what_it_was_given_takes_it(
     wait_shared(apache, group, first)
 
 
-@pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
+@pytest.mark.parametrize("delivery", ["exactly_once", pytest.param("at_least_once", marks=LONG)])
 def test_a_worker_that_joins_anew_loses_nothing_and_exactly_once_doubles_nothing(
     apache: ApacheKafka, proxy: KafkaProxy, opened: ExitStack, tmp_path, delivery
 ):

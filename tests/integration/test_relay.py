@@ -113,7 +113,10 @@ def make_stage():
         stage.close()
 
 
-PROTOCOLS = [{"group.protocol": "classic"}, {"group.protocol": "consumer"}]
+BOTH_PROTOCOLS = [
+    pytest.param({"group.protocol": "classic"}, id="classic"),
+    pytest.param({"group.protocol": "consumer"}, id="kip848", marks=pytest.mark.long),
+]
 BOTH = [pytest.param("apache", marks=pytest.mark.apache), pytest.param("embedded", marks=pytest.mark.embedded)]
 
 
@@ -137,7 +140,7 @@ def test_200_records_come_back_in_time_and_once(stage):
 
 
 @pytest.mark.apache
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=["classic", "kip848"])
+@pytest.mark.parametrize("protocol", BOTH_PROTOCOLS)
 @pytest.mark.parametrize("die", ["begin", "produce_all", "send_offsets", "commit"])
 def test_a_relay_killed_in_a_transaction_loses_and_doubles_nothing(apache, make_stage, tmp_path, die, protocol):
     """Two relays; one is killed (-9) with its transaction open, the other takes over: each record is back once."""
@@ -189,7 +192,7 @@ def test_records_that_fall_due_while_no_relay_runs_come_back_once(stage):
 
 
 @pytest.mark.apache
-@pytest.mark.parametrize("protocol", PROTOCOLS, ids=["classic", "kip848"])
+@pytest.mark.parametrize("protocol", BOTH_PROTOCOLS)
 def test_relays_that_come_and_go_move_each_record_once(apache, make_stage, protocol):
     stage = make_stage(apache, exact=True, **protocol)
     here = [stage.start("one")]
