@@ -226,9 +226,10 @@ class ConfluentAdmin:
         while True:
             try:
                 return self._settings_of(names, min(end, time.monotonic() + _SETTINGS_S))
-            except TransportError:
-                if time.monotonic() + _SETTINGS_S > end:
+            except TransportError as exc:
+                if not exc.retriable or time.monotonic() + _SETTINGS_S > end:
                     raise
+                time.sleep(_AGAIN_S)
 
     def _settings_of(self, names: Iterable[str], end: float) -> dict[str, dict[str, str]]:
         resources = [ConfigResource(ConfigResource.Type.TOPIC, name) for name in names]
