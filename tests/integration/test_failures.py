@@ -72,7 +72,10 @@ def group(apache, tmp_path):
 
 
 @pytest.mark.apache
-@pytest.mark.parametrize(("culprit", "signal_"), [(failing.Aborts, "SIGABRT"), (failing.Killed, "SIGKILL")])
+@pytest.mark.parametrize(
+    ("culprit", "signal_"),
+    [(failing.Aborts, "SIGABRT"), pytest.param(failing.Killed, "SIGKILL", marks=pytest.mark.long)],
+)
 def test_a_task_that_ends_its_process_ends_in_the_dead_letters_and_its_neighbours_do_not(group, culprit, signal_):
     """Among 2,000 good ones, three workers, each started again when it dies, as by systemd or Kubernetes."""
     at = group()

@@ -113,9 +113,10 @@ def make_stage():
         stage.close()
 
 
+LONG = pytest.mark.long
 BOTH_PROTOCOLS = [
     pytest.param({"group.protocol": "classic"}, id="classic"),
-    pytest.param({"group.protocol": "consumer"}, id="kip848", marks=pytest.mark.long),
+    pytest.param({"group.protocol": "consumer"}, id="kip848", marks=LONG),
 ]
 BOTH = [pytest.param("apache", marks=pytest.mark.apache), pytest.param("embedded", marks=pytest.mark.embedded)]
 
@@ -141,7 +142,9 @@ def test_200_records_come_back_in_time_and_once(stage):
 
 @pytest.mark.apache
 @pytest.mark.parametrize("protocol", BOTH_PROTOCOLS)
-@pytest.mark.parametrize("die", ["begin", "produce_all", "send_offsets", "commit"])
+@pytest.mark.parametrize(
+    "die", [*(pytest.param(at, marks=LONG) for at in ("begin", "send_offsets")), "produce_all", "commit"]
+)
 def test_a_relay_killed_in_a_transaction_loses_and_doubles_nothing(apache, make_stage, tmp_path, die, protocol):
     """Two relays; one is killed (-9) with its transaction open, the other takes over: each record is back once."""
     stage, log = make_stage(apache, exact=True, **protocol), tmp_path / "log"
