@@ -1,5 +1,7 @@
 """``kser worker``: run the tasks of a registry."""
 
+import contextlib
+import faulthandler
 import io
 import logging
 import os
@@ -37,6 +39,8 @@ __all__ = ["LEFT", "TWIN", "worker"]
 
 logger = logging.getLogger(__name__)
 
+#: What a worker may take to end beyond --drain, in seconds: to settle, to leave, and to close its clients.
+_END_S = 120.0
 #: Exit codes beyond 0 (asked to stop), 1 (failure) and 2 (misuse).
 TWIN, LEFT = 3, 4
 
@@ -259,11 +263,14 @@ def worker(
         ", ".join(running.topics),
         config["bootstrap.servers"],
     )
+    running.on_drain = lambda: _end_within(drain + _END_S)
     try:
         with stopping_on_signals(running.stop):
             running.run()
     except FencedError as exc:
         raise CommandFailed(exc.message, code=TWIN) from exc
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     logger.info("Worker.Stopped: %s", ", ".join(f"{n} {kind}" for kind, n in running.stats.items()) or "nothing came")
     if running.stats["broken"]:
         raise CommandFailed("The worker stopped because of a record it could not handle; the log names it")
@@ -272,6 +279,18 @@ def worker(
             f"{running.left} task(s) did not end within {drain:g} s and were left; another worker runs them again",
             code=LEFT,
         )
+
+
+def _end_within(seconds: float) -> None:
+    """End this process with code 1 after so long, whatever hangs, and say where; until that is cancelled.
+
+    Closing a consumer hung once for good inside the Kafka client, with Python's lock in its hands (it was assigned
+    partitions while it closed): nothing but a thread of C can end such a process.
+    """
+    stderr = sys.__stderr__
+    if stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # it is closed
+            faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
 
 
 def _choose_protocol(connection: Connection, chosen: str | None) -> None:

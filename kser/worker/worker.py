@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
@@ -168,6 +168,8 @@ class Worker:
         self._config = dict(config or {})
         self._transport = transport
         self._loop: Loop | None = None
+        #: Called when run() begins to stop; must not raise.
+        self.on_drain: Callable[[], object] = lambda: None
         self._relay: Relay | None = None
         self._watch: ControlWatch | None = None
         self._stop = 0
@@ -254,6 +256,7 @@ class Worker:
 
     def drains(self) -> None:
         """Called by the loop when it begins to stop: its companions can do so meanwhile."""
+        self.on_drain()
         if self._watch is not None:
             self._watch.stop(0)
         if self._relay is not None:

@@ -379,3 +379,16 @@ def test_a_task_that_runs_past_the_drain_is_left_and_the_exit_code_is_4(place, s
 def test_exactly_once_is_refused_on_the_embedded_broker(place, start):
     assert start("--delivery", "exactly_once").wait(20) == 2
     assert "kser: error: delivery exactly_once cannot be had on the embedded broker" in place.said()
+
+
+def test_a_worker_that_hangs_at_its_end_with_pythons_lock_is_ended(tmp_path):
+    """As inside the Kafka client once: no thread of Python runs any more."""
+    program = tmp_path / "hangs.py"
+    program.write_text(
+        "import ctypes\nfrom kser.cli import worker\nworker._end_within(0.5)\nctypes.PyDLL(None).sleep(60)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(program)], env=environment(), capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == 1
+    assert "hangs.py" in ended.stderr
