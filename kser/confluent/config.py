@@ -70,7 +70,7 @@ _PRODUCER_DEFAULTS: Final[dict[str, Any]] = {
     # who do not wait yet gain by it: with 0 each produce() wakes the client's threads, which costs ten times as much.
     "linger.ms": 5,
     # A topic that is missing is told after this time, not after 30 s; one just created is known everywhere long before.
-    "topic.metadata.propagation.max.ms": 5000,
+    "topic.metadata.propagation.max.ms": 2000,
 }
 _TRANSACTION_DEFAULTS: Final[dict[str, Any]] = {
     "linger.ms": 1,  # commit flushes anyway
