@@ -2,6 +2,7 @@
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -142,7 +143,7 @@ class Lane:
         self.sink.close(0)
 
 
-class Batch:
+class Batch(ABC):
     """Messages that are handed over and then waited for together: many, or one.
 
     What belongs to one message is at one index of the lists: a batch of many makes few objects for the garbage
@@ -167,17 +168,17 @@ class Batch:
 
     # -- how it is written: the two kinds of batches -------------------------------------------------------------------
 
+    @abstractmethod
     def write(self, topic: str, key: bytes, raw: bytes, index: int, headers: Headers = ()) -> None:
         """Hand the record of the message at ``index`` to the sink. Raises Error when it is refused."""
-        raise NotImplementedError
 
+    @abstractmethod
     def look_after(self) -> None:
         """Serve callbacks; wait when too many are open, so that a long batch needs bounded memory in the client."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait(self, timeout: float) -> None:
         """Until all are confirmed or failed; those that are not after ``timeout`` get a DeliveryError."""
-        raise NotImplementedError
 
     # -- handing over --------------------------------------------------------------------------------------------------
 
