@@ -1,13 +1,17 @@
 """Processes of kser under test, and what they leave in the topics."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from kser.confluent.transport import ConfluentTransport
 from kser.events import Event, OperationView, events_topic, read
@@ -57,14 +61,26 @@ def process(*command: str, log: Path, **more: str) -> Iterator[subprocess.Popen[
                 child.wait(15)
 
 
-def worker(bootstrap: str, topic: str, group: str, log: Path, name: str, app: str = DICE):
+def worker(bootstrap: str, topic: str, group: str, log: Path, name: str, *options: str, app: str = DICE):
     """A `kser worker` process."""
     return process(
         *("-m", "kser", "worker", app, "--topics", topic, "--group", group, "--name", name, "--drain", "10"),
-        *("--bootstrap-servers", bootstrap),
+        *("--bootstrap-servers", bootstrap, *options),
         *("-X", "session.timeout.ms=6000", "-X", "heartbeat.interval.ms=1000"),  # a killed member is missed soon
         log=log,
     )
+
+
+def ready(port: int | str) -> dict[str, Any] | None:
+    """What the /readyz of a worker with ``--health`` says; None while it says no."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as exc:
+        exc.close()
+    except OSError:
+        pass
+    return None
 
 
 def new_topic(bootstrap: str, partitions: int = 1) -> str:

@@ -14,8 +14,9 @@ from kser import Message
 from kser.confluent.producer import Producer
 from kser.events import EventType
 from tests import processes
+from tests.apache_kafka import free_ports
 from tests.apps.dice import Evening, Launch, registry
-from tests.processes import new_topic, views, wait_for, worker
+from tests.processes import new_topic, ready, views, wait_for, worker
 
 pytestmark = pytest.mark.apache
 
@@ -37,7 +38,13 @@ def test_300_operations_run_by_two_workers_all_succeed(bootstrap, service, tmp_p
     topic, group = new_topic(bootstrap, partitions=6), f"g{uuid.uuid4().hex[:8]}"
     registry.configure(producer=service, topic=topic)
     log = tmp_path / "workers.log"
-    with worker(bootstrap, topic, group, log, "one") as one, worker(bootstrap, topic, group, log, "two") as two:
+    ports = {name: str(port) for name, port in zip(("one", "two"), free_ports(2, None), strict=True)}
+    with (
+        worker(bootstrap, topic, group, log, "one", "--health", ports["one"]) as one,
+        worker(bootstrap, topic, group, log, "two", "--health", ports["two"]) as two,
+    ):
+        for name, port in ports.items():  # or the first would be done with all of them before the second has begun
+            wait_for(lambda port=port: (said := ready(port)) and said["partitions"] == 3, 30, f"the share of {name}")
         with service.batch():
             operations = [Launch(params={"sleep": 0.005}).build() for _ in range(300)]
             for operation in operations:

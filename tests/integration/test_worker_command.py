@@ -7,8 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections import Counter
 
 import pytest
@@ -21,7 +19,7 @@ from kser.errors import FencedError
 from kser.transport.memory import MemoryTransport
 from kser.worker.slots import take_slot
 from tests.brokers import has_ended
-from tests.processes import DICE, ROOT, environment, wait_for
+from tests.processes import DICE, ROOT, environment, ready, wait_for
 
 SERVERS = ("--bootstrap-servers", "127.0.0.1:1")
 
@@ -291,18 +289,6 @@ def free_ports():
             except OSError:
                 continue
             return one.getsockname()[1]
-
-
-def ready(port):
-    """What /readyz says, or None while it says no."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as exc:
-        exc.close()
-    except OSError:
-        pass
-    return None
 
 
 def test_processes_share_the_group_and_drain_though_a_signal_reaches_all_of_them(place, start):
