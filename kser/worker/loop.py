@@ -426,14 +426,13 @@ class Loop:
         try:
             self.source.commit(list(fresh.values()), 5)
         except TransportError as exc:
-            # Nothing is lost by it: the next records of these try again, and a crash until then is not counted.
+            # Nothing is lost by it: it comes with the next offsets, and a crash until then is not counted. Another
+            # commit of its own would tell of what is finished by then and not settled.
             logger.log(
                 logging.INFO if isinstance(exc, GroupError) else logging.WARNING,
                 "Not noted that partitions are being worked on: %s",
                 exc.message,
             )
-            for state in fresh:
-                state.marked = False
 
     def _settle_id(self) -> str:
         self._count += 1
@@ -678,7 +677,7 @@ class Loop:
             self._commit(wait=at_once)
         if self.batch is not None:
             # At least once every wait is bounded, and giving up would send twice: only a hang is worth that.
-            if now - self.batch.since > self.worker.settle_limit_s * (1 if self.exactly_once else 5):
+            if self._ready and now - self.batch.since > self.worker.settle_limit_s * (1 if self.exactly_once else 5):
                 self._abandon()
             return
         if self.unknown is not None:
@@ -729,7 +728,7 @@ class Loop:
             return  # one that was given up has come back
         if verdict.fatal is not None:
             self.failure = self.failure or verdict.fatal
-            self.batch = None
+            self._ready = False  # its batch stays: whatever became of that, none of its offsets is committed any more
             return
         if verdict.batch is None:
             self._ready = True
@@ -815,11 +814,12 @@ class Loop:
         self.uncommitted, self._storing = set(), set()
         settle_id = self._settle_id()
         positions = []
+        open_ = [*self.pending, *self.batch.items] if self.batch is not None else self.pending
         for state in states:
             if state.gone:
                 continue
             try:
-                positions.append(state.commit_point(settle_id, _offsets_of(state, self.pending)))
+                positions.append(state.commit_point(settle_id, _offsets_of(state, open_)))
             except ValidationError as exc:
                 logger.warning("%s/%s is paused: %s", *state.of, exc.message)
         self._bound(positions)
@@ -925,6 +925,8 @@ class Loop:
             batch is not None and any(p.of in partitions for p in batch.positions)
             for batch in (self.batch, self.unknown)
         ):
+            if self.failure is not None:
+                raise self.failure
             if time.monotonic() > end:
                 raise TransportError(
                     "It could not be found out whether a batch of the partitions that come was committed: the worker "

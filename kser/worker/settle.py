@@ -229,6 +229,8 @@ class ExactlyOnce(Settler):
             )
             return verdict
         logger.warning("A transaction of %d records broke its producer: %s", len(batch.items), exc.message)
+        if self._abandoned:
+            return verdict  # nobody hears it; it was fenced by those that took over, which is no sign of a twin
         if isinstance(exc, FencedError):
             now = time.monotonic()
             if self._fences and now - self._fences[-1] < TWIN_S:

@@ -839,3 +839,150 @@ def test_a_quiet_partition_with_more_in_it_is_fetched_anew_once(registry, transp
     time.sleep(0.5)  # the markers behind the last record are looked at too, and met once
     second.stop()
     assert 1 <= len(sought) <= 3
+
+
+def test_noting_that_a_partition_is_worked_on_does_not_commit_what_is_not_settled(registry, transport):
+    """The note failed once, so it comes with the next record: by then the first one is finished and being settled."""
+    stuck, free, ran = threading.Event(), threading.Event(), []
+
+    class Fails(Through):
+        failed = False
+
+        def commit(self, positions, timeout_s=10):
+            if not self.failed:
+                self.failed = True
+                raise TransportError("coordinator loading", retriable=True)
+            self._sink.commit(positions, timeout_s)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Fails(self._transport.source(group, **options))
+
+    class Hangs(Through):
+        def produce_all(self, records):
+            stuck.set()
+            free.wait(20)
+            self._sink.produce_all(records)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.uuid)
+
+    Step(uuid="1").send(key="k")
+    one = Running(registry, Transport(transport, lambda sink, _: Hangs(sink)))
+    assert stuck.wait(10)
+    Step(uuid="2").send(key="k")
+    wait_for(lambda: len(ran) == 2)
+    below = [p.offset for p in transport.positions(GROUP)]
+    free.set()
+    one.stop()
+    assert max(below, default=0) <= 0
+
+
+def test_offsets_stored_late_leave_out_what_is_being_confirmed(registry, transport):
+    """At least once: a commit that is tried again must not tell of the batch that is under way by then."""
+    stuck, free, ran = threading.Event(), threading.Event(), []
+
+    class Hangs(Through):
+        def deliver(self, records, timeout_s=30):
+            if len(ran) > 1:
+                stuck.set()
+                free.wait(20)
+            return self._sink.deliver(records, timeout_s)
+
+    class Fails(Through):
+        failed = False
+
+        def commit_later(self, positions, on_stored):
+            if not self.failed:
+                self.failed = True
+                on_stored(TransportError("coordinator loading", retriable=True))
+            else:
+                self._sink.commit_later(positions, on_stored)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Fails(self._transport.source(group, **options))
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.uuid)
+
+    Step(uuid="1").send(key="k")
+    one = Running(registry, Transport(transport, lambda sink, _: Hangs(sink)), delivery="at_least_once")
+    wait_for(lambda: len(ran) == 1)
+    time.sleep(0.1)
+    Step(uuid="2").send(key="k")
+    assert stuck.wait(10)
+    time.sleep(1)
+    below = [p.offset for p in transport.positions(GROUP)]
+    free.set()
+    one.stop()
+    assert max(below, default=0) <= 1
+
+
+@pytest.mark.parametrize("kind", ["twin", "fault"])
+def test_a_worker_whose_settling_ended_it_does_not_commit_what_was_not_settled(registry, transport, start, kind):
+    """What it had finished is run again by the next one."""
+
+    class Breaks(Through):
+        def produce_all(self, records):
+            if kind == "twin":
+                raise FencedError("another producer took over the same transactional id")
+            raise RuntimeError("a fault of the settle thread")
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    operation = Operation(tasks=[Step(), Step()])
+    operation.launch()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Breaks(sink)))
+    wait_for(lambda: not one.thread.is_alive())
+    assert one.error is not None
+    assert max((p.offset for p in transport.positions(GROUP)), default=0) <= 0
+    start()
+    wait_for(lambda: view(transport, operation.uuid).ended)
+
+
+def test_a_settle_thread_that_was_given_up_is_no_twin(registry, transport):
+    """It finds its producers fenced by those that took over; a transaction that times out soon after is no proof."""
+    hung, free, fenced = [], threading.Event(), []
+
+    class Hangs(Through):
+        def send_offsets(self, positions, member):
+            if not hung:
+                hung.append(positions)
+                free.wait(30)
+                try:
+                    self._sink.send_offsets(positions, member)
+                except FencedError:
+                    fenced.append(1)
+                    raise
+            self._sink.send_offsets(positions, member)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    first = Operation(tasks=[Step(), Step()])
+    first.launch()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Hangs(sink)), settle_limit_s=1, name="alone")
+    wait_for(lambda: view(transport, first.uuid).ended)
+    free.set()
+    wait_for(lambda: fenced)
+    time.sleep(0.2)
+    for n in range(3):  # what a coordinator answers that timed a transaction out
+        thief = transport.sink(f"{GROUP}.alone.{n}")
+        thief.begin()
+        thief.abort()
+        break
+    second = Operation(tasks=[Step() for _ in range(5)])
+    second.launch()
+    wait_for(lambda: view(transport, second.uuid).ended or not one.thread.is_alive())
+    assert one.error is None
+    one.stop()
