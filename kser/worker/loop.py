@@ -159,6 +159,8 @@ class Loop:
         self.stilled: set[Partition] = set()
         self.in_flight = 0
         self.bytes_in_flight = 0
+        #: Of the records that were run and are not settled.
+        self.bytes_unsettled = 0
         #: What waits for its next attempt, and what waits behind it; not in flight.
         self.lot = ParkingLot()
         #: Who was first with a key; of the partitions in ``_claimable`` it is loaded.
@@ -261,7 +263,7 @@ class Loop:
         lot, worker = self.lot, self.worker
         return (
             max(self.in_flight + lot.items, len(self.pending)) >= worker.max_in_flight
-            or self.bytes_in_flight + lot.bytes >= worker.max_bytes
+            or self.bytes_in_flight + self.bytes_unsettled + lot.bytes >= worker.max_bytes
         )
 
     def _wait_to_join(self, now: float) -> None:
@@ -409,6 +411,7 @@ class Loop:
         item.outcome = Outcome("duplicate")
         state.finished(record.offset)
         self.pending.append(item)
+        self.bytes_unsettled += len(record.value or b"")
         return False
 
     def _mark(self, state: PartitionState, offset: int) -> Position:
@@ -616,6 +619,7 @@ class Loop:
         """What the executor is done with."""
         freed: list[Item] = []
         pending, size, count, done = self.pending, 0, 0, 0
+        left_out = 0
         while finished:
             item = finished.popleft()
             count += 1
@@ -624,6 +628,11 @@ class Loop:
                 size += len(record.value)
             if outcome is None or state.gone or outcome.kind == "aborted":
                 self.stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
+                left_out += len(record.value or b"")
+                for behind in item.rest or ():  # it was to wait with it
+                    count += 1
+                    size += len(behind.record.value or b"")
+                    left_out += len(behind.record.value or b"")
                 continue
             if outcome.kind == "done":
                 done += 1
@@ -632,6 +641,7 @@ class Loop:
                 if outcome.kind == "broken":
                     logger.error("Stopping: a record broke the worker; it stays unsettled")
                     self.worker.stop()
+                    left_out += len(record.value or b"")
                     continue
                 if outcome.again_s is not None:
                     if item.claim is not None and outcome.kind != "delayed":
@@ -639,6 +649,8 @@ class Loop:
                     parked = self.lot.items
                     if self._later(item, outcome):
                         pending.append(item)
+                    else:
+                        left_out += len(record.value or b"")
                     if item.last and self.lot.items == parked:
                         freed.append(item)
                     continue
@@ -652,6 +664,7 @@ class Loop:
             self.stats["done"] += done
         self.in_flight -= count
         self.bytes_in_flight -= size
+        self.bytes_unsettled += size - left_out
         if freed and self.worker.ordering != "none":
             self.dispatcher.freed(freed)
 
@@ -721,6 +734,7 @@ class Loop:
             return
         self.pending = held
         self.batch = Batch(items, positions, member, settle_id, states)
+        self.batch.size = _bytes_of(items) if held else self.bytes_unsettled
         self._settler.give(self.batch)
 
     def _told(self, verdict: Verdict) -> None:
@@ -745,12 +759,16 @@ class Loop:
         now = time.monotonic()
         if verdict.pause_s:
             self._not_before = now + verdict.pause_s
+        if verdict.batch is not None and verdict.settled is verdict.batch.items:
+            self.bytes_unsettled -= verdict.batch.size
         again = [item for item in verdict.again if not item.state.gone]
         if again:
             self.pending = [*again, *self.pending]
         for item, error in verdict.refused:
             if not item.state.gone:
                 self._refused(item, error)
+        if verdict.again or verdict.refused:
+            self._weigh()
         if self._claimable:
             for item in verdict.settled:
                 if item.claim is not None:
@@ -867,6 +885,7 @@ class Loop:
             self.pending = [*(item for item in batch.items if not item.state.gone), *self.pending]
         self._ready = False
         self._settler = self._new_settler()
+        self._weigh()
 
     def _resolve(self, now: float) -> None:
         """Find out whether a batch was committed. Its transaction is over once a new producer of its id is ready."""
@@ -886,10 +905,17 @@ class Loop:
                 self.stats["answers lost"] += 1
                 logger.info("The answer to a commit was lost, its transaction was not")
                 self.unknown = None
+                self._weigh()
                 return
         self.unknown = None
         logger.info("A batch of %d records was not committed: settled again", len(batch.items))
         self.pending = [*(item for item in batch.items if not item.state.gone), *self.pending]
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """Count anew what is run and not settled: some of it did not go the usual way."""
+        batches = [batch for batch in (self.batch, self.unknown) if batch is not None]
+        self.bytes_unsettled = _bytes_of(self.pending) + sum(batch.size for batch in batches)
 
     # -- rebalances (RebalanceListener) ------------------------------------------------------------------------------
 
@@ -1007,6 +1033,7 @@ class Loop:
             self.bounded.discard(state.of)
             self.stilled.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
+        self._weigh()
         self.lot.drop(set(gone))
         self.store.drop(state.of for state in gone)
         self._claimable.difference_update(state.of for state in gone)
@@ -1102,3 +1129,7 @@ def _with(record: Record, changed: Mapping[str, int | str], without: str = "") -
 
 def _offsets_of(state: PartitionState, items: Iterable[Item]) -> list[int]:
     return [item.record.offset for item in items if item.state is state]
+
+
+def _bytes_of(items: Iterable[Item]) -> int:
+    return sum(len(item.record.value or b"") for item in items)

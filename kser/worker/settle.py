@@ -55,6 +55,8 @@ class Batch:
     states: set[PartitionState]
     #: When it was given away, time.monotonic().
     since: float = 0.0
+    #: Bytes of the records.
+    size: int = 0
 
 
 @dataclass(slots=True)

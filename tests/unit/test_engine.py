@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import deque
 
 import pytest
 
@@ -986,3 +987,50 @@ def test_a_settle_thread_that_was_given_up_is_no_twin(registry, transport):
     wait_for(lambda: view(transport, second.uuid).ended or not one.thread.is_alive())
     assert one.error is None
     one.stop()
+
+
+def test_what_waits_behind_a_retry_of_a_lost_partition_is_not_counted_for_ever(registry, transport, start):
+    one = start()
+    wait_for(lambda: one.worker.status().partitions == 2)
+    state = PartitionState(Partition(TOPIC, 0))
+    items = [Item(state, Record(TOPIC, 0, n, b"k", b"12345", (), 0)) for n in range(3)]
+    items[0].outcome, items[0].rest = Outcome("retry", again_s=1.0), deque(items[1:])
+    state.closed = state.gone = True  # while it was on its way back
+    engine = one.worker._loop
+    engine.in_flight, engine.bytes_in_flight = 3, 15
+    engine._take_back(deque(items[:1]))
+    assert (engine.in_flight, engine.bytes_in_flight) == (0, 0)
+
+
+def committed_of(transport):
+    return [p.offset for p in transport.positions(GROUP)]
+
+
+def test_what_is_finished_and_cannot_be_settled_counts_for_max_bytes(registry, transport):
+    """A broker that is away for a while: memory is bounded, and what has gathered is no transaction that times out."""
+    back, ran = threading.Event(), []
+
+    class Away(Through):
+        def produce_all(self, records):
+            if not back.is_set():
+                time.sleep(0.02)
+                raise TransportError("the broker is away", retriable=True, extra={"abort": True})
+            self._sink.produce_all(records)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.uuid)
+            return Result(retval={"much": "x" * 50_000})
+
+    for _ in range(400):
+        Step(params={"much": "x" * 50_000}).send()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Away(sink)), max_bytes=1_000_000, max_poll_records=10)
+    wait_for(lambda: len(ran) >= 10)
+    time.sleep(2)
+    gathered = len(ran)
+    back.set()
+    wait_for(lambda: sum(committed_of(transport)) == 400, 20)
+    wait_for(lambda: one.worker._loop.bytes_unsettled == 0)
+    one.stop()
+    assert gathered < 60
