@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kser import headers
@@ -64,6 +65,10 @@ _PAUSED_EVERY_S: Final = 30
 _JAM_S: Final = 0.25
 #: How often one of the quiet partitions is looked at, in seconds.
 _KICK_S: Final = 5.0
+#: What goes to a topic whose brokers took nothing is left out of transactions for so long, at first and at most, in
+#: seconds: one of them would hold up all the others for as long as a transaction may take.
+_AWAY_S: Final = 2.0
+_LONGEST_AWAY_S: Final = 60.0
 #: How long the group may take before it is said that it does, in seconds.
 _JOIN_S: Final = 30.0
 #: Longest wait of one turn of the loop: how late a stop or a pause may be seen.
@@ -177,6 +182,8 @@ class Loop:
         self._storing: set[PartitionState] = set()
         self._commit_due = 0.0
         self.draining = False
+        #: Topics whose brokers took nothing: until when what goes there waits, and for how long that is.
+        self._away: dict[str, tuple[float, float]] = {}
         self.failure: Error | None = None
         #: When producers of this worker were fenced.
         self._fences: deque[float] = deque(maxlen=1)
@@ -306,6 +313,7 @@ class Loop:
         logger.warning("Joining the group once more: %s", exc.message)
         self.source.close(5)
         self.source = self._new_source()
+        self._storing = set()  # of partitions that are gone; the client that was asked may never answer
         self.source.subscribe(self.worker.topics, self)
         self._joined, self._join_said = False, now
 
@@ -715,13 +723,16 @@ class Loop:
                 self._not_before = now + _BACKOFF_S
                 return
         items: list[Item] = self.pending
+        later: list[Item] = []
+        if self._away:
+            items, later = self._without_away(now)
         held: list[Item] = []
         settle_id = self._settle_id()
         positions: list[Position] = []
         states = {item.state for item in items}
         for state in states:
             try:
-                positions.append(state.commit_point(settle_id))
+                positions.append(state.commit_point(settle_id, _offsets_of(state, later) if later else ()))
             except ValidationError as exc:
                 # Wait until more of it is finished: it takes no more meanwhile.
                 logger.warning("%s/%s is paused: %s", *state.of, exc.message)
@@ -732,10 +743,40 @@ class Loop:
         if not items:
             self._not_before = now + _SETTLE_EVERY_S
             return
+        held += later
         self.pending = held
         self.batch = Batch(items, positions, member, settle_id, states)
         self.batch.size = _bytes_of(items) if held else self.bytes_unsettled
         self._settler.give(self.batch)
+
+    def _without_away(self, now: float) -> tuple[list[Item], list[Item]]:
+        """What is settled now, and what waits for topics whose brokers are away, with what is behind it in its lane."""
+        away = {topic for topic, (until, _) in self._away.items() if until > now}
+        if not away:
+            return self.pending, []
+        items: list[Item] = []
+        later: list[Item] = []
+        lanes: set[tuple[int, bytes | None]] = set()
+        by_key = self.worker.ordering != "partition"
+        for item in self.pending:
+            lane = id(item.state), item.record.key if by_key else b""
+            if lane in lanes or any(record.topic in away for record in item.outcome.records):
+                later.append(item)
+                if lane[1] is not None:
+                    lanes.add(lane)
+            else:
+                items.append(item)
+        return items, later
+
+    def _note_away(self, verdict: Verdict, now: float) -> None:
+        if verdict.away is not None:
+            _, before_s = self._away.get(verdict.away, (0.0, 0.0))
+            pause_s = min(max(2 * before_s, _AWAY_S), _LONGEST_AWAY_S)
+            self._away[verdict.away] = now + pause_s, pause_s
+            logger.warning("Topic %s takes nothing: what goes there is tried again in %g s", verdict.away, pause_s)
+        elif verdict.batch is not None and verdict.settled:
+            since = verdict.batch.since  # what was tried with it goes again
+            self._away = {topic: kept for topic, kept in self._away.items() if kept[0] > since}
 
     def _told(self, verdict: Verdict) -> None:
         if verdict.settler is not self._settler:
@@ -759,6 +800,8 @@ class Loop:
         now = time.monotonic()
         if verdict.pause_s:
             self._not_before = now + verdict.pause_s
+        if verdict.away is not None or self._away:
+            self._note_away(verdict, now)
         if verdict.batch is not None and verdict.settled is verdict.batch.items:
             self.bytes_unsettled -= verdict.batch.size
         again = [item for item in verdict.again if not item.state.gone]
@@ -846,13 +889,17 @@ class Loop:
         self._storing = states
         try:
             if not wait:
-                self.source.commit_later(positions, self._stored)
+                self.source.commit_later(positions, partial(self._answered, self.source))
                 return
             self.source.commit(positions)
         except TransportError as exc:
             self._stored(exc)
         else:
             self._stored(None)
+
+    def _answered(self, source: Source, error: Error | None) -> None:
+        if source is self.source:  # else one that was left: nobody waits for it any more
+            self._stored(error)
 
     def _stored(self, error: Error | None) -> None:
         states, self._storing = self._storing, set()

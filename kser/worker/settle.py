@@ -75,6 +75,8 @@ class Verdict:
     unknown: bool = False
     #: Seconds to wait before the next batch.
     pause_s: float = 0.0
+    #: The topic whose brokers took nothing, and what else was in the batch fell with it.
+    away: str | None = None
     #: The worker cannot go on.
     fatal: Error | None = None
 
@@ -218,6 +220,8 @@ class ExactlyOnce(Settler):
             index = refusal.extra.get("index")
             if index is None or _passes(refusal):
                 verdict.again = batch.items
+                if index is not None and isinstance(refusal, DeliveryError):
+                    verdict.away = refusal.extra.get("topic")
                 verdict.pause_s = 0.1 if isinstance(exc, GroupError) else _AGAIN_S
             else:
                 culprit = _owner(batch.items, index)

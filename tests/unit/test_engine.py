@@ -1034,3 +1034,92 @@ def test_what_is_finished_and_cannot_be_settled_counts_for_max_bytes(registry, t
     wait_for(lambda: one.worker._loop.bytes_unsettled == 0)
     one.stop()
     assert gathered < 60
+
+
+@pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
+def test_a_topic_without_brokers_holds_up_only_what_goes_there(registry, transport, delivery):
+    """One record that cannot be produced never blocks the batch; it waits, and what has its key waits behind it."""
+    transport.admin().create([TopicSpec(name="away", partitions=1)])
+    back = threading.Event()
+
+    def gone(records):
+        return [] if back.is_set() else [n for n, record in enumerate(records) if record.topic == "away"]
+
+    class Away(Through):
+        def produce_all(self, records):
+            for n in gone(records):
+                time.sleep(0.2)  # as long as a transaction may take
+                told = DeliveryError("timed out", retriable=True, extra={"topic": "away", "index": n})
+                raise TransportError("aborted", extra={"abort": True, "record": told})
+            self._sink.produce_all(records)
+
+        def deliver(self, records, timeout_s=30):
+            failed = gone(records)
+            assert self._sink.deliver([r for n, r in enumerate(records) if n not in failed], timeout_s) == []
+            return [(n, DeliveryError("timed out", retriable=True, extra={"topic": "away"})) for n in failed]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    @registry.subscribe
+    class Sends(Task):
+        def run(self):
+            Step().send(topic="away")
+
+    sends, behind = Sends(), Step()
+    sends.send(key="k")
+    behind.send(key="k")
+    others = [Step() for _ in range(20)]
+    for task in others:
+        task.send()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Away(sink)), delivery=delivery)
+    wait_for(lambda: all(view(transport, task.uuid).ended for task in others), 8)
+    assert not view(transport, sends.uuid).ended
+    if delivery == "exactly_once":
+        assert not view(transport, behind.uuid).ended
+    back.set()
+    wait_for(lambda: sum(committed_of(transport)) == 22, 20)
+    assert view(transport, sends.uuid).ended
+    assert view(transport, behind.uuid).ended
+    assert len(transport.records("away")) == 1
+    one.stop()
+
+
+def test_a_member_that_joins_once_more_commits_though_its_last_request_is_never_answered(registry, transport):
+    made = []
+
+    class Fenced(Through):
+        fenced = deaf = False
+
+        def poll(self, timeout_s, max_records=500):
+            if self.fenced:
+                raise GroupError("Another worker took over the name w")
+            return self._sink.poll(timeout_s, max_records)
+
+        def commit_later(self, positions, on_stored):
+            if not self.deaf:
+                self._sink.commit_later(positions, on_stored)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            made.append(Fenced(self._transport.source(group, **options)))
+            return made[-1]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    one = Running(registry, Transport(transport, lambda sink, _: sink), name="w", delivery="at_least_once")
+    wait_for(lambda: one.worker.status().partitions == 2)
+    made[0].deaf = True
+    Step().send(key="k")
+    wait_for(lambda: one.worker.stats["done"] == 1 and one.worker._loop._storing)
+    one.worker._loop._close = lambda *_: None  # a client that is dead calls on_lost, which waits for nothing
+    made[0].fenced = True
+    wait_for(lambda: len(made) == 2)
+    Step().send(key="k")
+    wait_for(lambda: committed(transport) == 2, 5)
+    one.stop()
