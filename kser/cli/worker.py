@@ -154,7 +154,14 @@ def count(*names: str, default: int, note: str) -> Decorator:
     help="When the committed offset does not exist any more: stop, or go on at the earliest or latest message.",
 )
 @count("--max-in-flight", default=4000, note="Messages taken and not run, beyond which no more are fetched.")
-@option("--max-bytes", type=Size(), default="64MiB", show_default=True, metavar="SIZE", help="The same in bytes.")
+@option(
+    "--max-bytes",
+    type=Size(),
+    default="64MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Bytes of messages taken and not settled.",
+)
 @count("--max-poll-records", default=500, note="Messages taken from the client at a time.")
 @option(
     "--events",

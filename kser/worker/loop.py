@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kser import headers
@@ -64,6 +65,10 @@ _PAUSED_EVERY_S: Final = 30
 _JAM_S: Final = 0.25
 #: How often one of the quiet partitions is looked at, in seconds.
 _KICK_S: Final = 5.0
+#: What goes to a topic whose brokers took nothing is left out of transactions for so long, at first and at most, in
+#: seconds: one of them would hold up all the others for as long as a transaction may take.
+_AWAY_S: Final = 2.0
+_LONGEST_AWAY_S: Final = 60.0
 #: How long the group may take before it is said that it does, in seconds.
 _JOIN_S: Final = 30.0
 #: Longest wait of one turn of the loop: how late a stop or a pause may be seen.
@@ -159,6 +164,8 @@ class Loop:
         self.stilled: set[Partition] = set()
         self.in_flight = 0
         self.bytes_in_flight = 0
+        #: Of the records that were run and are not settled.
+        self.bytes_unsettled = 0
         #: What waits for its next attempt, and what waits behind it; not in flight.
         self.lot = ParkingLot()
         #: Who was first with a key; of the partitions in ``_claimable`` it is loaded.
@@ -175,6 +182,8 @@ class Loop:
         self._storing: set[PartitionState] = set()
         self._commit_due = 0.0
         self.draining = False
+        #: Topics whose brokers took nothing: until when what goes there waits, and for how long that is.
+        self._away: dict[str, tuple[float, float]] = {}
         self.failure: Error | None = None
         #: When producers of this worker were fenced.
         self._fences: deque[float] = deque(maxlen=1)
@@ -261,7 +270,7 @@ class Loop:
         lot, worker = self.lot, self.worker
         return (
             max(self.in_flight + lot.items, len(self.pending)) >= worker.max_in_flight
-            or self.bytes_in_flight + lot.bytes >= worker.max_bytes
+            or self.bytes_in_flight + self.bytes_unsettled + lot.bytes >= worker.max_bytes
         )
 
     def _wait_to_join(self, now: float) -> None:
@@ -304,6 +313,7 @@ class Loop:
         logger.warning("Joining the group once more: %s", exc.message)
         self.source.close(5)
         self.source = self._new_source()
+        self._storing = set()  # of partitions that are gone; the client that was asked may never answer
         self.source.subscribe(self.worker.topics, self)
         self._joined, self._join_said = False, now
 
@@ -409,6 +419,7 @@ class Loop:
         item.outcome = Outcome("duplicate")
         state.finished(record.offset)
         self.pending.append(item)
+        self.bytes_unsettled += len(record.value or b"")
         return False
 
     def _mark(self, state: PartitionState, offset: int) -> Position:
@@ -426,14 +437,13 @@ class Loop:
         try:
             self.source.commit(list(fresh.values()), 5)
         except TransportError as exc:
-            # Nothing is lost by it: the next records of these try again, and a crash until then is not counted.
+            # Nothing is lost by it: it comes with the next offsets, and a crash until then is not counted. Another
+            # commit of its own would tell of what is finished by then and not settled.
             logger.log(
                 logging.INFO if isinstance(exc, GroupError) else logging.WARNING,
                 "Not noted that partitions are being worked on: %s",
                 exc.message,
             )
-            for state in fresh:
-                state.marked = False
 
     def _settle_id(self) -> str:
         self._count += 1
@@ -617,6 +627,7 @@ class Loop:
         """What the executor is done with."""
         freed: list[Item] = []
         pending, size, count, done = self.pending, 0, 0, 0
+        left_out = 0
         while finished:
             item = finished.popleft()
             count += 1
@@ -625,6 +636,11 @@ class Loop:
                 size += len(record.value)
             if outcome is None or state.gone or outcome.kind == "aborted":
                 self.stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
+                left_out += len(record.value or b"")
+                for behind in item.rest or ():  # it was to wait with it
+                    count += 1
+                    size += len(behind.record.value or b"")
+                    left_out += len(behind.record.value or b"")
                 continue
             if outcome.kind == "done":
                 done += 1
@@ -633,6 +649,7 @@ class Loop:
                 if outcome.kind == "broken":
                     logger.error("Stopping: a record broke the worker; it stays unsettled")
                     self.worker.stop()
+                    left_out += len(record.value or b"")
                     continue
                 if outcome.again_s is not None:
                     if item.claim is not None and outcome.kind != "delayed":
@@ -640,6 +657,8 @@ class Loop:
                     parked = self.lot.items
                     if self._later(item, outcome):
                         pending.append(item)
+                    else:
+                        left_out += len(record.value or b"")
                     if item.last and self.lot.items == parked:
                         freed.append(item)
                     continue
@@ -653,6 +672,7 @@ class Loop:
             self.stats["done"] += done
         self.in_flight -= count
         self.bytes_in_flight -= size
+        self.bytes_unsettled += size - left_out
         if freed and self.worker.ordering != "none":
             self.dispatcher.freed(freed)
 
@@ -678,7 +698,7 @@ class Loop:
             self._commit(wait=at_once)
         if self.batch is not None:
             # At least once every wait is bounded, and giving up would send twice: only a hang is worth that.
-            if now - self.batch.since > self.worker.settle_limit_s * (1 if self.exactly_once else 5):
+            if self._ready and now - self.batch.since > self.worker.settle_limit_s * (1 if self.exactly_once else 5):
                 self._abandon()
             return
         if self.unknown is not None:
@@ -703,13 +723,16 @@ class Loop:
                 self._not_before = now + _BACKOFF_S
                 return
         items: list[Item] = self.pending
+        later: list[Item] = []
+        if self._away:
+            items, later = self._without_away(now)
         held: list[Item] = []
         settle_id = self._settle_id()
         positions: list[Position] = []
         states = {item.state for item in items}
         for state in states:
             try:
-                positions.append(state.commit_point(settle_id))
+                positions.append(state.commit_point(settle_id, _offsets_of(state, later) if later else ()))
             except ValidationError as exc:
                 # Wait until more of it is finished: it takes no more meanwhile.
                 logger.warning("%s/%s is paused: %s", *state.of, exc.message)
@@ -720,16 +743,47 @@ class Loop:
         if not items:
             self._not_before = now + _SETTLE_EVERY_S
             return
+        held += later
         self.pending = held
         self.batch = Batch(items, positions, member, settle_id, states)
+        self.batch.size = _bytes_of(items) if held else self.bytes_unsettled
         self._settler.give(self.batch)
+
+    def _without_away(self, now: float) -> tuple[list[Item], list[Item]]:
+        """What is settled now, and what waits for topics whose brokers are away, with what is behind it in its lane."""
+        away = {topic for topic, (until, _) in self._away.items() if until > now}
+        if not away:
+            return self.pending, []
+        items: list[Item] = []
+        later: list[Item] = []
+        lanes: set[tuple[int, bytes | None]] = set()
+        by_key = self.worker.ordering != "partition"
+        for item in self.pending:
+            lane = id(item.state), item.record.key if by_key else b""
+            if lane in lanes or any(record.topic in away for record in item.outcome.records):
+                later.append(item)
+                if lane[1] is not None:
+                    lanes.add(lane)
+            else:
+                items.append(item)
+        return items, later
+
+    def _note_away(self, verdict: Verdict, now: float) -> None:
+        if verdict.away is not None:
+            _, before_s = self._away.get(verdict.away, (0.0, 0.0))
+            pause_s = min(max(2 * before_s, _AWAY_S), _LONGEST_AWAY_S)
+            self._away[verdict.away] = now + pause_s, pause_s
+            logger.warning("Topic %s takes nothing: what goes there is tried again in %g s", verdict.away, pause_s)
+        elif verdict.batch is not None and verdict.settled:
+            since = verdict.batch.since  # what was tried with it goes again
+            self._away = {topic: kept for topic, kept in self._away.items() if kept[0] > since}
 
     def _told(self, verdict: Verdict) -> None:
         if verdict.settler is not self._settler:
             return  # one that was given up has come back
         if verdict.fatal is not None:
             self.failure = self.failure or verdict.fatal
-            self.batch = None
+            self._ready = False  # its batch stays: whatever became of that, none of its offsets is committed any more
             return
         if verdict.batch is None:
             self._ready = True
@@ -746,12 +800,18 @@ class Loop:
         now = time.monotonic()
         if verdict.pause_s:
             self._not_before = now + verdict.pause_s
+        if verdict.away is not None or self._away:
+            self._note_away(verdict, now)
+        if verdict.batch is not None and verdict.settled is verdict.batch.items:
+            self.bytes_unsettled -= verdict.batch.size
         again = [item for item in verdict.again if not item.state.gone]
         if again:
             self.pending = [*again, *self.pending]
         for item, error in verdict.refused:
             if not item.state.gone:
                 self._refused(item, error)
+        if verdict.again or verdict.refused:
+            self._weigh()
         if self._claimable:
             for item in verdict.settled:
                 if item.claim is not None:
@@ -815,11 +875,12 @@ class Loop:
         self.uncommitted, self._storing = set(), set()
         settle_id = self._settle_id()
         positions = []
+        open_ = [*self.pending, *self.batch.items] if self.batch is not None else self.pending
         for state in states:
             if state.gone:
                 continue
             try:
-                positions.append(state.commit_point(settle_id, _offsets_of(state, self.pending)))
+                positions.append(state.commit_point(settle_id, _offsets_of(state, open_)))
             except ValidationError as exc:
                 logger.warning("%s/%s is paused: %s", *state.of, exc.message)
         self._bound(positions)
@@ -828,13 +889,17 @@ class Loop:
         self._storing = states
         try:
             if not wait:
-                self.source.commit_later(positions, self._stored)
+                self.source.commit_later(positions, partial(self._answered, self.source))
                 return
             self.source.commit(positions)
         except TransportError as exc:
             self._stored(exc)
         else:
             self._stored(None)
+
+    def _answered(self, source: Source, error: Error | None) -> None:
+        if source is self.source:  # else one that was left: nobody waits for it any more
+            self._stored(error)
 
     def _stored(self, error: Error | None) -> None:
         states, self._storing = self._storing, set()
@@ -867,6 +932,7 @@ class Loop:
             self.pending = [*(item for item in batch.items if not item.state.gone), *self.pending]
         self._ready = False
         self._settler = self._new_settler()
+        self._weigh()
 
     def _resolve(self, now: float) -> None:
         """Find out whether a batch was committed. Its transaction is over once a new producer of its id is ready."""
@@ -886,10 +952,17 @@ class Loop:
                 self.stats["answers lost"] += 1
                 logger.info("The answer to a commit was lost, its transaction was not")
                 self.unknown = None
+                self._weigh()
                 return
         self.unknown = None
         logger.info("A batch of %d records was not committed: settled again", len(batch.items))
         self.pending = [*(item for item in batch.items if not item.state.gone), *self.pending]
+        self._weigh()
+
+    def _weigh(self) -> None:
+        """Count anew what is run and not settled: some of it did not go the usual way."""
+        batches = [batch for batch in (self.batch, self.unknown) if batch is not None]
+        self.bytes_unsettled = _bytes_of(self.pending) + sum(batch.size for batch in batches)
 
     # -- rebalances (RebalanceListener) ------------------------------------------------------------------------------
 
@@ -925,6 +998,8 @@ class Loop:
             batch is not None and any(p.of in partitions for p in batch.positions)
             for batch in (self.batch, self.unknown)
         ):
+            if self.failure is not None:
+                raise self.failure
             if time.monotonic() > end:
                 raise TransportError(
                     "It could not be found out whether a batch of the partitions that come was committed: the worker "
@@ -1005,6 +1080,7 @@ class Loop:
             self.bounded.discard(state.of)
             self.stilled.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
+        self._weigh()
         self.lot.drop(set(gone))
         self.store.drop(state.of for state in gone)
         self._claimable.difference_update(state.of for state in gone)
@@ -1100,3 +1176,7 @@ def _with(record: Record, changed: Mapping[str, int | str], without: str = "") -
 
 def _offsets_of(state: PartitionState, items: Iterable[Item]) -> list[int]:
     return [item.record.offset for item in items if item.state is state]
+
+
+def _bytes_of(items: Iterable[Item]) -> int:
+    return sum(len(item.record.value or b"") for item in items)

@@ -55,6 +55,8 @@ class Batch:
     states: set[PartitionState]
     #: When it was given away, time.monotonic().
     since: float = 0.0
+    #: Bytes of the records.
+    size: int = 0
 
 
 @dataclass(slots=True)
@@ -73,6 +75,8 @@ class Verdict:
     unknown: bool = False
     #: Seconds to wait before the next batch.
     pause_s: float = 0.0
+    #: The topic whose brokers took nothing, and what else was in the batch fell with it.
+    away: str | None = None
     #: The worker cannot go on.
     fatal: Error | None = None
 
@@ -216,6 +220,8 @@ class ExactlyOnce(Settler):
             index = refusal.extra.get("index")
             if index is None or _passes(refusal):
                 verdict.again = batch.items
+                if index is not None and isinstance(refusal, DeliveryError):
+                    verdict.away = refusal.extra.get("topic")
                 verdict.pause_s = 0.1 if isinstance(exc, GroupError) else _AGAIN_S
             else:
                 culprit = _owner(batch.items, index)
@@ -229,6 +235,8 @@ class ExactlyOnce(Settler):
             )
             return verdict
         logger.warning("A transaction of %d records broke its producer: %s", len(batch.items), exc.message)
+        if self._abandoned:
+            return verdict  # nobody hears it; it was fenced by those that took over, which is no sign of a twin
         if isinstance(exc, FencedError):
             now = time.monotonic()
             if self._fences and now - self._fences[-1] < TWIN_S:

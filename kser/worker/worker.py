@@ -69,7 +69,7 @@ class Worker:
         drain_s: seconds that running tasks get to end when the worker is asked to stop or a partition is taken away.
         max_in_flight: messages taken and not run, beyond which no more are fetched.
         max_poll_records: messages taken from the client at a time.
-        max_bytes: bytes of messages taken and not run, beyond which no more are fetched.
+        max_bytes: bytes of messages taken and not settled, beyond which no more are fetched.
         settle_limit_s: seconds after which a batch that is being settled is given up and a new producer asks what
             became of it.
         on_lost_offset: what to do when the committed offset does not exist any more: "stop", or go on at the

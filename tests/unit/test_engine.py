@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections import deque
 
 import pytest
 
@@ -839,3 +840,286 @@ def test_a_quiet_partition_with_more_in_it_is_fetched_anew_once(registry, transp
     time.sleep(0.5)  # the markers behind the last record are looked at too, and met once
     second.stop()
     assert 1 <= len(sought) <= 3
+
+
+def test_noting_that_a_partition_is_worked_on_does_not_commit_what_is_not_settled(registry, transport):
+    """The note failed once, so it comes with the next record: by then the first one is finished and being settled."""
+    stuck, free, ran = threading.Event(), threading.Event(), []
+
+    class Fails(Through):
+        failed = False
+
+        def commit(self, positions, timeout_s=10):
+            if not self.failed:
+                self.failed = True
+                raise TransportError("coordinator loading", retriable=True)
+            self._sink.commit(positions, timeout_s)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Fails(self._transport.source(group, **options))
+
+    class Hangs(Through):
+        def produce_all(self, records):
+            stuck.set()
+            free.wait(20)
+            self._sink.produce_all(records)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.uuid)
+
+    Step(uuid="1").send(key="k")
+    one = Running(registry, Transport(transport, lambda sink, _: Hangs(sink)))
+    assert stuck.wait(10)
+    Step(uuid="2").send(key="k")
+    wait_for(lambda: len(ran) == 2)
+    below = [p.offset for p in transport.positions(GROUP)]
+    free.set()
+    one.stop()
+    assert max(below, default=0) <= 0
+
+
+def test_offsets_stored_late_leave_out_what_is_being_confirmed(registry, transport):
+    """At least once: a commit that is tried again must not tell of the batch that is under way by then."""
+    stuck, free, ran = threading.Event(), threading.Event(), []
+
+    class Hangs(Through):
+        def deliver(self, records, timeout_s=30):
+            if len(ran) > 1:
+                stuck.set()
+                free.wait(20)
+            return self._sink.deliver(records, timeout_s)
+
+    class Fails(Through):
+        failed = False
+
+        def commit_later(self, positions, on_stored):
+            if not self.failed:
+                self.failed = True
+                on_stored(TransportError("coordinator loading", retriable=True))
+            else:
+                self._sink.commit_later(positions, on_stored)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Fails(self._transport.source(group, **options))
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.uuid)
+
+    Step(uuid="1").send(key="k")
+    one = Running(registry, Transport(transport, lambda sink, _: Hangs(sink)), delivery="at_least_once")
+    wait_for(lambda: len(ran) == 1)
+    time.sleep(0.1)
+    Step(uuid="2").send(key="k")
+    assert stuck.wait(10)
+    time.sleep(1)
+    below = [p.offset for p in transport.positions(GROUP)]
+    free.set()
+    one.stop()
+    assert max(below, default=0) <= 1
+
+
+@pytest.mark.parametrize("kind", ["twin", "fault"])
+def test_a_worker_whose_settling_ended_it_does_not_commit_what_was_not_settled(registry, transport, start, kind):
+    """What it had finished is run again by the next one."""
+
+    class Breaks(Through):
+        def produce_all(self, records):
+            if kind == "twin":
+                raise FencedError("another producer took over the same transactional id")
+            raise RuntimeError("a fault of the settle thread")
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    operation = Operation(tasks=[Step(), Step()])
+    operation.launch()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Breaks(sink)))
+    wait_for(lambda: not one.thread.is_alive())
+    assert one.error is not None
+    assert max((p.offset for p in transport.positions(GROUP)), default=0) <= 0
+    start()
+    wait_for(lambda: view(transport, operation.uuid).ended)
+
+
+def test_a_settle_thread_that_was_given_up_is_no_twin(registry, transport):
+    """It finds its producers fenced by those that took over; a transaction that times out soon after is no proof."""
+    hung, free, fenced = [], threading.Event(), []
+
+    class Hangs(Through):
+        def send_offsets(self, positions, member):
+            if not hung:
+                hung.append(positions)
+                free.wait(30)
+                try:
+                    self._sink.send_offsets(positions, member)
+                except FencedError:
+                    fenced.append(1)
+                    raise
+            self._sink.send_offsets(positions, member)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    first = Operation(tasks=[Step(), Step()])
+    first.launch()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Hangs(sink)), settle_limit_s=1, name="alone")
+    wait_for(lambda: view(transport, first.uuid).ended)
+    free.set()
+    wait_for(lambda: fenced)
+    time.sleep(0.2)
+    for n in range(3):  # what a coordinator answers that timed a transaction out
+        thief = transport.sink(f"{GROUP}.alone.{n}")
+        thief.begin()
+        thief.abort()
+        break
+    second = Operation(tasks=[Step() for _ in range(5)])
+    second.launch()
+    wait_for(lambda: view(transport, second.uuid).ended or not one.thread.is_alive())
+    assert one.error is None
+    one.stop()
+
+
+def test_what_waits_behind_a_retry_of_a_lost_partition_is_not_counted_for_ever(registry, transport, start):
+    one = start()
+    wait_for(lambda: one.worker.status().partitions == 2)
+    state = PartitionState(Partition(TOPIC, 0))
+    items = [Item(state, Record(TOPIC, 0, n, b"k", b"12345", (), 0)) for n in range(3)]
+    items[0].outcome, items[0].rest = Outcome("retry", again_s=1.0), deque(items[1:])
+    state.closed = state.gone = True  # while it was on its way back
+    engine = one.worker._loop
+    engine.in_flight, engine.bytes_in_flight = 3, 15
+    engine._take_back(deque(items[:1]))
+    assert (engine.in_flight, engine.bytes_in_flight) == (0, 0)
+
+
+def committed_of(transport):
+    return [p.offset for p in transport.positions(GROUP)]
+
+
+def test_what_is_finished_and_cannot_be_settled_counts_for_max_bytes(registry, transport):
+    """A broker that is away for a while: memory is bounded, and what has gathered is no transaction that times out."""
+    back, ran = threading.Event(), []
+
+    class Away(Through):
+        def produce_all(self, records):
+            if not back.is_set():
+                time.sleep(0.02)
+                raise TransportError("the broker is away", retriable=True, extra={"abort": True})
+            self._sink.produce_all(records)
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.uuid)
+            return Result(retval={"much": "x" * 50_000})
+
+    for _ in range(400):
+        Step(params={"much": "x" * 50_000}).send()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Away(sink)), max_bytes=1_000_000, max_poll_records=10)
+    wait_for(lambda: len(ran) >= 10)
+    time.sleep(2)
+    gathered = len(ran)
+    back.set()
+    wait_for(lambda: sum(committed_of(transport)) == 400, 20)
+    wait_for(lambda: one.worker._loop.bytes_unsettled == 0)
+    one.stop()
+    assert gathered < 60
+
+
+@pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
+def test_a_topic_without_brokers_holds_up_only_what_goes_there(registry, transport, delivery):
+    """One record that cannot be produced never blocks the batch; it waits, and what has its key waits behind it."""
+    transport.admin().create([TopicSpec(name="away", partitions=1)])
+    back = threading.Event()
+
+    def gone(records):
+        return [] if back.is_set() else [n for n, record in enumerate(records) if record.topic == "away"]
+
+    class Away(Through):
+        def produce_all(self, records):
+            for n in gone(records):
+                time.sleep(0.2)  # as long as a transaction may take
+                told = DeliveryError("timed out", retriable=True, extra={"topic": "away", "index": n})
+                raise TransportError("aborted", extra={"abort": True, "record": told})
+            self._sink.produce_all(records)
+
+        def deliver(self, records, timeout_s=30):
+            failed = gone(records)
+            assert self._sink.deliver([r for n, r in enumerate(records) if n not in failed], timeout_s) == []
+            return [(n, DeliveryError("timed out", retriable=True, extra={"topic": "away"})) for n in failed]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    @registry.subscribe
+    class Sends(Task):
+        def run(self):
+            Step().send(topic="away")
+
+    sends, behind = Sends(), Step()
+    sends.send(key="k")
+    behind.send(key="k")
+    others = [Step() for _ in range(20)]
+    for task in others:
+        task.send()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Away(sink)), delivery=delivery)
+    wait_for(lambda: all(view(transport, task.uuid).ended for task in others), 8)
+    assert not view(transport, sends.uuid).ended
+    if delivery == "exactly_once":
+        assert not view(transport, behind.uuid).ended
+    back.set()
+    wait_for(lambda: sum(committed_of(transport)) == 22, 20)
+    assert view(transport, sends.uuid).ended
+    assert view(transport, behind.uuid).ended
+    assert len(transport.records("away")) == 1
+    one.stop()
+
+
+def test_a_member_that_joins_once_more_commits_though_its_last_request_is_never_answered(registry, transport):
+    made = []
+
+    class Fenced(Through):
+        fenced = deaf = False
+
+        def poll(self, timeout_s, max_records=500):
+            if self.fenced:
+                raise GroupError("Another worker took over the name w")
+            return self._sink.poll(timeout_s, max_records)
+
+        def commit_later(self, positions, on_stored):
+            if not self.deaf:
+                self._sink.commit_later(positions, on_stored)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            made.append(Fenced(self._transport.source(group, **options)))
+            return made[-1]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    one = Running(registry, Transport(transport, lambda sink, _: sink), name="w", delivery="at_least_once")
+    wait_for(lambda: one.worker.status().partitions == 2)
+    made[0].deaf = True
+    Step().send(key="k")
+    wait_for(lambda: one.worker.stats["done"] == 1 and one.worker._loop._storing)
+    one.worker._loop._close = lambda *_: None  # a client that is dead calls on_lost, which waits for nothing
+    made[0].fenced = True
+    wait_for(lambda: len(made) == 2)
+    Step().send(key="k")
+    wait_for(lambda: committed(transport) == 2, 5)
+    one.stop()
