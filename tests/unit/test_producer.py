@@ -137,6 +137,15 @@ def test_what_cannot_be_sent_is_refused_before_anything_leaves(message, retcode,
     assert producer.sink.records == []
 
 
+def test_a_message_without_a_uuid_is_refused():
+    """str(None) would be a uuid that all such messages share."""
+    producer = Producer()
+    result = producer.send("t", Message(None, "e"))
+    assert result.retcode == 400
+    assert "uuid='', give a text that is not empty" in result.stderr
+    assert producer.sink.records == []
+
+
 def test_a_message_that_is_too_large_is_told_with_the_cure():
     result = Producer().send("t", kmsg(params={"a": "x" * 1_000_000}))
     error = result.retval["error"]["extra"]
