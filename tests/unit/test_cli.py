@@ -762,6 +762,25 @@ def test_launch_of_a_task_sends_it_to_its_own_topic(run, app, broker):
     assert [r.key for r in broker.records("mails")] == [b"c7"]
 
 
+@pytest.mark.parametrize("name", ["Mail", "Order"])
+def test_k102_what_is_launched_is_written_by_the_transport_of_the_registrys_controller(run, app, broker, name):
+    secret = """
+    from kser import Controller, Message
+
+    class Sealed(Message):
+        def dumps(self):
+            return "sealed " + super().dumps()
+
+    class Sealing(Controller):
+        TRANSPORT = Sealed
+    """
+    text = SHOP.replace("registry = OperationRegistry()", "registry = OperationRegistry(controller_class=Sealing)")
+    path = app(textwrap.dedent(secret) + textwrap.dedent(text))
+    assert run("launch", path, name, "--topic", "shop", "--params", '{"amount": 3}', *SERVERS).exit_code == 0
+    [record] = broker.records("shop")
+    assert record.value.startswith(b"sealed {")
+
+
 def test_launch_of_a_task_sends_it_elsewhere_when_told_so(run, app, broker):
     assert run("launch", app(), "Mail", "--topic", "shop", *SERVERS).exit_code == 0
     assert (len(broker.records("shop")), len(broker.records("mails"))) == (1, 0)
