@@ -475,6 +475,18 @@ def test_the_end_of_a_batch_raises_with_the_uuids_that_failed(caplog, level):
     assert (given[1].stderr, given[1].uuid) == ("not for you", "1")
 
 
+def test_the_end_of_a_batch_says_why_the_first_was_not_sent():
+    """A message that is too large was refused at once, with its size, the limit and the cure: no matter of time."""
+    producer = Producer()
+    said = rf"1 of 2 .*: large; .* the limit is {MAX_MESSAGE_BYTES}: put "
+    with pytest.raises(DeliveryError, match=said), producer.batch():
+        producer.send("t", kmsg("small"))
+        producer.send("t", kmsg("large", params={"a": "x" * 1_000_000}))
+    producer = refusing("1")
+    with pytest.raises(DeliveryError, match=r"1 of 1 .*: 1; the first because: .+"), producer.batch():
+        producer.send("t", kmsg("1"))
+
+
 def test_a_batch_on_a_dead_broker_ends_within_its_timeout():
     producer, begun = dead(), time.monotonic()
     with pytest.raises(DeliveryError, match=r"within 0\.2 s") as caught, producer.batch(timeout=0.2):
