@@ -889,6 +889,12 @@ def test_launch_watch_ends_with_1_on_failure_and_names_the_task_and_its_error(ru
     )
 
 
+@pytest.mark.parametrize("odd", ["mine", ["mine"], 5])
+def test_the_failure_of_a_lone_task_is_told_whatever_it_gives_as_failed_task(odd):
+    view = OperationView("u", "app.Mail", "FAILED", result=Result(retcode=1, stderr="no", retval={"failed_task": odd}))
+    assert watch.describe_failure(view) == "app.Mail[u] FAILED: no"
+
+
 def test_launch_watch_as_json_is_an_event_a_line_and_nothing_else(run, app, working):
     path = app()
     working(path)
