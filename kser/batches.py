@@ -165,6 +165,8 @@ class Batch(ABC):
         self.errors: dict[int, Error] = {}
         #: Uuids of messages that were not handed over.
         self.refused: list[str] = []
+        #: Why the first of them was not.
+        self.refusal: Error | None = None
 
     # -- how it is written: the two kinds of batches -------------------------------------------------------------------
 
@@ -241,6 +243,7 @@ class Batch(ABC):
     def refuse(self, kmsg: Message, error: Error) -> Result:
         """The final Result of a message that was not handed over."""
         result = self.producer._refused(kmsg, error)
+        self.refusal = self.refusal or error
         self.refused.append(str(result.uuid))
         return result
 

@@ -213,9 +213,10 @@ class BaseProducer(BaseController):
         failed = [*batch.refused, *batch.failed]
         if failed:
             count = len(batch.refused) + len(batch.results)
+            first = batch.refusal or batch.errors[min(batch.errors)]
             raise DeliveryError(
                 f"{len(failed)} of {count} messages of the batch were not confirmed within {timeout} s: "
-                f"{', '.join(failed[:10])}{' ...' if len(failed) > 10 else ''}",
+                f"{', '.join(failed[:10])}{' ...' if len(failed) > 10 else ''}; the first because: {first.message}",
                 extra={"uuids": failed},
             )
 

@@ -65,7 +65,8 @@ class Message:
         result: Result | dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
-        self.uuid = uuid if type(uuid) is str else str(uuid)
+        # None is no uuid: "None" would be one that many messages share. Whoever sends it says what is missing.
+        self.uuid = uuid if type(uuid) is str else "" if uuid is None else str(uuid)
         self.entrypoint = entrypoint
         self.params = params or {}
         if not result:

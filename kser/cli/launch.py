@@ -154,7 +154,8 @@ def _send(
         if isinstance(made, Operation):
             registry.configure(producer=_Within(producer, timeout))
             return made.launch()
-        return producer.send(topic, made.to_Message(), timeout, key=made.key if isinstance(made, Task) else None)
+        kmsg = made.to_Message().sent_as(registry.transport)
+        return producer.send(topic, kmsg, timeout, key=made.key if isinstance(made, Task) else None)
 
 
 class _Within:

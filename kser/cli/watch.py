@@ -76,8 +76,8 @@ def watch(
 def describe_failure(view: OperationView) -> str:
     """One line: the operation, the task that failed it, and its error."""
     result = view.result or Result(uuid=view.uuid, stderr="no reason is known")
-    failed = result.retval.get("failed_task") or {}
-    task = f" in {failed.get('path')}[{failed.get('uuid')}]" if failed else ""
+    failed = result.retval.get("failed_task")  # of a lone task anything may be there
+    task = f" in {failed.get('path')}[{failed.get('uuid')}]" if failed and isinstance(failed, dict) else ""
     return f"{view.entrypoint}[{view.uuid}] {view.status}{task}: {_reason(result)}"
 
 

@@ -16,7 +16,7 @@ from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
 from kser.sequencing.plain_launch import send_first
-from kser.sequencing.task import ORIGINALS, Home, Task, found, not_before
+from kser.sequencing.task import ORIGINALS, Home, Task, UnregisteredTask, found, not_before
 from kser.status import Status
 
 __all__ = ["Operation", "name_failed_task"]
@@ -471,9 +471,12 @@ Controller.BUILT_IN[wire_name(Operation)] = Operation  # composed by hand from a
 def name_failed_task(result: Result, task: Task, uuid: str) -> Result:
     """The failed Result of the operation ``uuid``: ``result`` with the failing task in ``retval["failed_task"]``.
 
-    The innermost one stays when operations are nested.
+    The innermost one stays when operations are nested. What a plain task has there was forwarded to it, or is its own:
+    it is no name of the task that failed here.
     """
-    named = result.retval.get("failed_task") or {"uuid": task.uuid, "path": task.path}
+    named = result.retval.get("failed_task") if isinstance(task, (Operation, UnregisteredTask)) else None
+    if not isinstance(named, dict):
+        named = {"uuid": task.uuid, "path": task.path}
     return Result(
         retcode=result.retcode,
         stdout=result.stdout,

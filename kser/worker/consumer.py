@@ -32,6 +32,7 @@ class BaseConsumer:
         self.topics = [topics] if isinstance(topics, str) else list(topics)
         self.max_poll_records = max_poll_records
         self.worker: Worker | None = None
+        self._stopped = False
 
     def run(self, *, until_idle: bool = False) -> None:
         """Take and run messages until SIGTERM, SIGINT, the terminate file or stop(). Blocks; see Worker.run()."""
@@ -43,9 +44,15 @@ class BaseConsumer:
             max_poll_records=self.max_poll_records,
         )
         self._logger.info("%s.Starting...", type(self).__name__)
-        self.worker.run(until_idle=until_idle)
+        if self._stopped and not self.worker.stopping:  # asked before there was a worker to ask
+            self.worker.stop()
+        try:
+            self.worker.run(until_idle=until_idle)
+        finally:
+            self._stopped = False
 
     def stop(self) -> None:
-        """Ask run() to end. From any thread."""
+        """Ask run() to end; before it was called: end as soon as it is. From any thread."""
+        self._stopped = True
         if self.worker is not None:
             self.worker.stop()

@@ -762,6 +762,25 @@ def test_launch_of_a_task_sends_it_to_its_own_topic(run, app, broker):
     assert [r.key for r in broker.records("mails")] == [b"c7"]
 
 
+@pytest.mark.parametrize("name", ["Mail", "Order"])
+def test_k102_what_is_launched_is_written_by_the_transport_of_the_registrys_controller(run, app, broker, name):
+    secret = """
+    from kser import Controller, Message
+
+    class Sealed(Message):
+        def dumps(self):
+            return "sealed " + super().dumps()
+
+    class Sealing(Controller):
+        TRANSPORT = Sealed
+    """
+    text = SHOP.replace("registry = OperationRegistry()", "registry = OperationRegistry(controller_class=Sealing)")
+    path = app(textwrap.dedent(secret) + textwrap.dedent(text))
+    assert run("launch", path, name, "--topic", "shop", "--params", '{"amount": 3}', *SERVERS).exit_code == 0
+    [record] = broker.records("shop")
+    assert record.value.startswith(b"sealed {")
+
+
 def test_launch_of_a_task_sends_it_elsewhere_when_told_so(run, app, broker):
     assert run("launch", app(), "Mail", "--topic", "shop", *SERVERS).exit_code == 0
     assert (len(broker.records("shop")), len(broker.records("mails"))) == (1, 0)
@@ -868,6 +887,12 @@ def test_launch_watch_ends_with_1_on_failure_and_names_the_task_and_its_error(ru
     assert re.fullmatch(
         rf"kser: error: {path.stem}\.Order\[[^]]+\] FAILED in {path.stem}\.Charge\[[^]]+\]: card refused", line
     )
+
+
+@pytest.mark.parametrize("odd", ["mine", ["mine"], 5])
+def test_the_failure_of_a_lone_task_is_told_whatever_it_gives_as_failed_task(odd):
+    view = OperationView("u", "app.Mail", "FAILED", result=Result(retcode=1, stderr="no", retval={"failed_task": odd}))
+    assert watch.describe_failure(view) == "app.Mail[u] FAILED: no"
 
 
 def test_launch_watch_as_json_is_an_event_a_line_and_nothing_else(run, app, working):

@@ -380,6 +380,20 @@ def test_k68_of_nested_operations_the_innermost_task_is_named():
     assert (inner.status, outer.status) == ("FAILED", "FAILED")
 
 
+@pytest.mark.parametrize("forwarded", [{"uuid": "old", "path": "some.Other"}, "mine"])
+def test_k68_a_failed_task_that_was_forwarded_is_not_named_for_the_one_that_failed(forwarded):
+    """A Result of another operation's failure comes in when one operation cleans up after another."""
+
+    class Refuses(Task):
+        def run(self):
+            return Result(retcode=4, stderr="refused")
+
+    before = Result(retcode=3, stderr="before", retval={"failed_task": forwarded})
+    inner = Operation(tasks=[Refuses()])
+    result = Operation(tasks=[inner], result=before).execute()
+    assert result.retval["failed_task"] == {"uuid": inner.tasks[0].uuid, "path": Refuses.path}
+
+
 def test_k65_tasks_that_are_success_already_are_not_run_again_and_forward_what_they_gave():
     done = Step(status="SUCCESS", result=Result(stdout="stored", retval={"s0": "stored"}), params={"fails": 0})
     operation = Operation(tasks=[done, Step(params={"n": 1})])

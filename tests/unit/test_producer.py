@@ -137,6 +137,15 @@ def test_what_cannot_be_sent_is_refused_before_anything_leaves(message, retcode,
     assert producer.sink.records == []
 
 
+def test_a_message_without_a_uuid_is_refused():
+    """str(None) would be a uuid that all such messages share."""
+    producer = Producer()
+    result = producer.send("t", Message(None, "e"))
+    assert result.retcode == 400
+    assert "uuid='', give a text that is not empty" in result.stderr
+    assert producer.sink.records == []
+
+
 def test_a_message_that_is_too_large_is_told_with_the_cure():
     result = Producer().send("t", kmsg(params={"a": "x" * 1_000_000}))
     error = result.retval["error"]["extra"]
@@ -464,6 +473,18 @@ def test_the_end_of_a_batch_raises_with_the_uuids_that_failed(caplog, level):
     assert sorted(caught.value.extra["uuids"]) == ["1", "3", "too large"]
     assert [r.retcode for r in given] == [0, 503, 0, 503, 413]
     assert (given[1].stderr, given[1].uuid) == ("not for you", "1")
+
+
+def test_the_end_of_a_batch_says_why_the_first_was_not_sent():
+    """A message that is too large was refused at once, with its size, the limit and the cure: no matter of time."""
+    producer = Producer()
+    said = rf"1 of 2 .*: large; .* the limit is {MAX_MESSAGE_BYTES}: put "
+    with pytest.raises(DeliveryError, match=said), producer.batch():
+        producer.send("t", kmsg("small"))
+        producer.send("t", kmsg("large", params={"a": "x" * 1_000_000}))
+    producer = refusing("1")
+    with pytest.raises(DeliveryError, match=r"1 of 1 .*: 1; the first because: .+"), producer.batch():
+        producer.send("t", kmsg("1"))
 
 
 def test_a_batch_on_a_dead_broker_ends_within_its_timeout():

@@ -530,3 +530,13 @@ def test_the_dummy_pair_runs_end_to_end(caplog):
         "Controller.Success: dummy.Roll[u1]: You made a 1",
     ]
     assert [line for line in lines if line in expected] == expected[1:]
+
+
+def test_a_consumer_that_is_asked_to_stop_before_it_runs_ends_at_once():
+    """run() in a thread and stop() right after it: whoever is first, it ends."""
+    consumer = Consumer(topics=[TOPIC])
+    consumer.stop()
+    thread = threading.Thread(target=consumer.run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
