@@ -316,7 +316,7 @@ def test_a_rolling_deploy_loses_no_operation_of_either_release(group, tmp_path):
     assert Counter(view.status for view in found.values()) == {"SUCCESS": len(launched)}
     waited = [event for event in at.events() if event.type == EventType.MESSAGE_WAITING]
     assert waited
-    assert all("not registered" in event.note for event in waited), waited[0].note
+    assert all("not registred" in event.note for event in waited), waited[0].note
 
 
 def retrying(at):
