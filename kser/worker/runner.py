@@ -97,6 +97,11 @@ class Work:
         return self._itinerary
 
     @property
+    def runs(self) -> bool:
+        """Whether somebody's code may be run for it here. Not for what nobody here registered: that waits, or fails."""
+        return self.cls is not None or ((itinerary := self.itinerary) is not None and itinerary.end is not None)
+
+    @property
     def subject(self) -> tuple[str, int]:
         """What an abort has to name to mean this: the uuid of the root operation, or of a lone task, and the run."""
         if self.plain is not None:
@@ -243,6 +248,18 @@ class Runner:
         task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
         task.entrypoint = work.kmsg.entrypoint
         outcome.refused = partial(self._task_refused, task, work)
+
+    def instead_of_waiting(self, record: Record, error: Error) -> list[OutRecord]:
+        """What is sent instead of a record that was not run, and that the broker refuses, for good, to let wait."""
+        try:
+            kmsg = self.controller.decode(record.value if record.value is not None else b"")
+            itinerary = Itinerary.of(kmsg)
+        except Exception:  # noqa: BLE001 - data that is no message, or a newer itinerary
+            return self._reject(record, self.controller.reject(record.value, error), None).records
+        attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
+        task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
+        task.entrypoint = kmsg.entrypoint
+        return self._task_refused(task, Work(record, kmsg, None, itinerary, None, attempt), error)
 
     def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
         kmsg = work.kmsg
