@@ -377,8 +377,12 @@ class Loop:
                 # As its last owner left it: its attempt, and when that is due.
                 item.record = _with(record, {headers.ATTEMPT: parked.attempt, headers.NOT_BEFORE: parked.due_ms})
             if state.crashes:
-                item.suspect = state.crashes_of(record.offset) >= SUSPECT_AFTER
-                self.stats["suspects"] += item.suspect
+                crashes = state.crashes_of(record.offset)
+                item.suspect, item.deadly = crashes >= SUSPECT_AFTER, crashes > SUSPECT_AFTER
+            if record.headers and record.header(headers.SUSPECT) is not None:
+                item.suspect = True
+            if item.suspect:
+                self.stats["suspects"] += 1
             if record.headers and (key := record.header(headers.CLAIM)) and not self._claim(item, key):
                 items.pop()
                 continue
@@ -472,7 +476,7 @@ class Loop:
         short = delay_s <= LONGEST_S and room
         if outcome.kind != "waiting" and (short or stays):
             again = Item(state, record if outcome.kind == "delayed" else _with(record, {headers.ATTEMPT: attempt}))
-            again.last, again.suspect = item.last, item.suspect
+            again.last, again.suspect, again.deadly = item.last, item.suspect, item.deadly
             again.subject = item.work.subject if item.work is not None else None
             if outcome.kind == "delayed":
                 again.claim = item.claim
@@ -485,6 +489,8 @@ class Loop:
             state.park(record.offset, Parked(attempt, int((time.time() + delay_s) * 1000)))
             return True
         changed: dict[str, int | str] = {headers.ATTEMPT: attempt} if attempt > 1 else {}
+        if item.suspect:
+            changed[headers.SUSPECT] = 1
         if outcome.kind == "waiting":
             changed |= {headers.WAITING: outcome.since_ms or int(time.time() * 1000), headers.REASON: outcome.reason}
         delay_ms = int(min(max(delay_s, SHORTEST_S), MAX_DELAY_S) * 1000)
@@ -600,6 +606,8 @@ class Loop:
         except AbortedError:
             return Outcome("aborted")  # its partition is gone, or the worker ends: it runs again elsewhere
         except (TaskTimeoutError, TaskCrashedError) as exc:
+            if item.deadly and isinstance(exc, TaskCrashedError):
+                return self.runner.fail_unseen(work, exc)
             return self.runner.fail(work, exc)
         self.runner.refused_for(work, outcome)
         return outcome

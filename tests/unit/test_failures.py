@@ -944,3 +944,28 @@ def test_what_nobody_here_knows_is_no_suspect_that_a_child_process_could_run(reg
     wait_for(lambda: one.worker.stats["waiting"] == 1)
     assert one.worker.stats["suspects"] == 1
     assert one.thread.is_alive()
+
+
+def test_a_suspect_stays_one_on_its_way_through_a_tier(registry, transport, start):
+    """Else each of its attempts would cost three deaths."""
+
+    @registry.subscribe
+    class Flaky(Task):
+        retry = Retry(attempts=3, backoff_s=60, jitter=0)
+
+        def run(self):
+            raise ValueError("no")
+
+    raw = Flaky().to_Message().to_bytes()
+    transport.sink().produce(OutRecord(TOPIC, b"k", raw, partition=0))
+    source = transport.source(GROUP)
+    join(source)
+    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1, SUSPECT_AFTER)]))])
+    source.close()
+    one = start()
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1m"))
+    (record,) = transport.records(f"{GROUP}.retry.1m")
+    assert record.header(headers.SUSPECT) == b"1"
+    back = [header for header in record.headers if header[0] in (headers.GROUP, headers.SUSPECT, headers.ATTEMPT)]
+    transport.sink().produce(OutRecord(TOPIC, b"k", raw, back, partition=0))
+    wait_for(lambda: one.worker.stats["suspects"] == 2)
