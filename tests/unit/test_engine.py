@@ -586,6 +586,40 @@ def test_one_fence_renews_the_producer_and_is_no_twin(registry, transport, start
     wait_for(lambda: committed(transport) == 6)
 
 
+def test_transactions_that_timed_out_are_no_sign_of_a_twin(registry):
+    """The leader of a partition is away for longer than a transaction may take: each one that meets it is fenced."""
+    transport = MemoryTransport(auto_create=False, transaction_timeout_s=0.2)
+    transport.admin().create([TopicSpec(name=TOPIC, partitions=2)])
+    registry.configure(producer=BaseProducer(transport.sink()), topic=TOPIC)
+    fenced = []
+
+    class Slow(Through):
+        def send_offsets(self, positions, member):
+            self._sink.send_offsets(positions, member)
+            if len(fenced) < 3:
+                time.sleep(0.3)
+
+        def commit(self, timeout_s=30):
+            try:
+                self._sink.commit()
+            except FencedError:
+                fenced.append(1)
+                raise
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    operation = Operation(tasks=[Step(), Step()])
+    operation.launch()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Slow(sink)), name="alone")
+    wait_for(lambda: view(transport, operation.uuid).ended or not one.thread.is_alive())
+    assert one.error is None
+    assert len(fenced) == 3
+    one.stop()
+
+
 def test_nothing_is_committed_before_the_group_is_joined(registry, transport):
     """KAFKA.md finding 4: a classic group would take the offsets of somebody who is no member unchecked."""
     joined, sent = threading.Event(), []
