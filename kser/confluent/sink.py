@@ -627,7 +627,7 @@ class ConfluentSink:
         self._raise_escaped()
 
     def _dated(self, failure: Error) -> Error:
-        """Note on a fence that its transaction had its time: the coordinator answers the same when it ended it itself."""
+        """Note on a fence that its transaction had its time: a coordinator that ended it itself answers the same."""
         age_s = time.monotonic() - self._began
         if isinstance(failure, FencedError) and self._open and age_s >= EXPIRED_SHARE * self._transaction_s:
             failure.extra["expired"] = True

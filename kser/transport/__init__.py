@@ -168,6 +168,13 @@ class Source(Protocol):
             TransportError: it is not known whether they were stored.
         """
 
+    @property
+    def commit_overdue(self) -> bool:
+        """Whether a commit() that got no answer in its time may still be stored: after what is stored by then, too.
+
+        It ends with an answer, or when the client gives the request up. Never raises.
+        """
+
     def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
         """Ask for these positions to be stored, and return at once. ``on_stored`` tells, from poll() or commit().
 

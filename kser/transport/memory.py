@@ -330,6 +330,11 @@ class MemorySource:
             self._cluster.tick()
             self._group.store_owned(self._member, stored, self._cluster.next_sequence())
 
+    @property
+    def commit_overdue(self) -> bool:
+        """Always False: commit() is answered at once."""
+        return False
+
     def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
         """Ask for these positions to be stored: done at once, and told by the next poll()."""
         owned = [position for position in positions if position.of in self._assigned.positions]

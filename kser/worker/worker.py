@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ _THRESHOLD: Final = 25_000
 _USUAL_THRESHOLDS: Final = frozenset({700, 2000})
 #: Longest wait for what was told to the group before the worker started, in seconds.
 _TOLD_S: Final = 60.0
+#: How late a stop is heard meanwhile, in seconds.
+_LOOK_S: Final = 0.2
 #: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
 _EMBEDDED: Final = "mockCluster"
 
@@ -203,7 +206,7 @@ class Worker:
             servers=self._config.get("bootstrap.servers"),
         )
         limit = max_message_bytes()
-        with take_slot(self.group, self.name if self._static else None) as slot:
+        with stopping_on_signals(self.stop), take_slot(self.group, self.name if self._static else None) as slot:
             self.name, self.delivery = slot.id, delivery
             settings: dict[str, Any] = {
                 "group": self.group,
@@ -220,11 +223,8 @@ class Worker:
                 if self.control:
                     self._watch = ControlWatch(transport, self.group)
                     self._watch.start()
-                    if not self._watch.wait_ready(_TOLD_S):
-                        raise TransportError(
-                            f"What was told to group {self.group} could not be read within {_TOLD_S:g} s: is topic "
-                            f"{control_topic(self.group)} well?"
-                        )
+                    if not self._is_told(self._watch):
+                        return
                 self._loop = Loop(self, transport, runner, delivery, pool, static=self._static, watch=self._watch)
                 if self.health_port is not None:
                     health = HealthServer(self.health_port, self.status, self.health_host)
@@ -232,7 +232,7 @@ class Worker:
                 if self.relay:
                     self._relay = Relay(transport, self.group, self.name, delivery, on_lost_offset=self.on_lost_offset)
                     self._relay.start()
-                with stopping_on_signals(self.stop), _tuned():
+                with _tuned():
                     self._loop.run(until_idle=until_idle)
             finally:
                 self.drains()
@@ -244,6 +244,19 @@ class Worker:
                     health.stop()
                 if pool is not None:
                     pool.stop(5)
+
+    def _is_told(self, watch: ControlWatch) -> bool:
+        """Wait until all is known that was told to the group; False when asked to stop meanwhile."""
+        end = time.monotonic() + _TOLD_S
+        while not watch.wait_ready(_LOOK_S):
+            if self._stop:
+                return False
+            if time.monotonic() >= end:
+                raise TransportError(
+                    f"What was told to group {self.group} could not be read within {_TOLD_S:g} s: is topic "
+                    f"{control_topic(self.group)} well?"
+                )
+        return True
 
     def stop(self) -> None:
         """Ask run() to end. The first time it drains, the second time it waits for no task. From any thread."""

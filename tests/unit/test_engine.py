@@ -11,13 +11,13 @@ from kser import Operation, OperationRegistry, Result, Task, Worker
 from kser.errors import ConfigurationError, DeliveryError, FencedError, GroupError, OffsetLostError, TransportError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
-from kser.transport import OutRecord, Partition, Record, TopicSpec
+from kser.transport import OutRecord, Partition, Position, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker import loop
 from kser.worker.dispatch import Item
 from kser.worker.offsets import PartitionState, decode
 from kser.worker.runner import Outcome
-from kser.worker.settle import _rounds
+from kser.worker.settle import Batch, _rounds
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
 
 
@@ -584,6 +584,94 @@ def test_one_fence_renews_the_producer_and_is_no_twin(registry, transport, start
     wait_for(lambda: view(transport, second.uuid).ended)
     assert one.thread.is_alive()
     wait_for(lambda: committed(transport) == 6)
+
+
+@pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
+def test_nothing_is_settled_while_a_commit_is_out_that_would_set_its_offsets_back(registry, transport, delivery):
+    """That a partition is being worked on is committed first, and may hang in the client for as long as it likes."""
+    sources, lands = [], threading.Event()
+
+    class Late(Through):
+        late = None
+
+        @property
+        def commit_overdue(self):
+            return self.late is not None
+
+        def commit(self, positions, timeout_s=10):
+            if len(sources) == 1 and self.late is None and not lands.is_set():
+                self.late = positions
+                raise TransportError("no answer", retriable=True)
+            self._sink.commit(positions, timeout_s)
+
+        def poll(self, timeout_s, max_records=500):
+            if self.late is not None and lands.is_set():
+                late, self.late = self.late, None
+                self._sink.commit(late)
+            return self._sink.poll(timeout_s, max_records)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            sources.append(Late(self._transport.source(group, **options)))
+            return sources[-1]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    for _ in range(3):
+        Step().send(key="k")
+    one = Running(registry, Transport(transport, lambda sink, _: sink), delivery=delivery)
+    wait_for(lambda: one.worker.stats["done"] == 3)
+    time.sleep(0.3)
+    assert max(committed_of(transport), default=0) <= 0
+    lands.set()
+    wait_for(lambda: committed(transport) == 3)
+    time.sleep(0.1)
+    assert committed(transport) == 3
+    one.stop()
+
+
+@pytest.mark.parametrize("asks", ["committed", "batch"])
+def test_a_stop_is_heard_while_partitions_come_and_it_is_not_known_where_they_were_left(
+    registry, transport, monkeypatch, asks
+):
+    monkeypatch.setattr(loop, "_ASK_S", 0.2)
+    waits = threading.Event()
+
+    class Deaf(Through):
+        def committed(self, partitions, timeout_s=10):
+            if not waits.is_set():
+                return self._sink.committed(partitions, timeout_s)
+            time.sleep(timeout_s)
+            raise TransportError("no answer", retriable=True)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Deaf(self._transport.source(group, **options))
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    task = Step()
+    task.send()
+    one = Running(registry, Transport(transport, lambda sink, _: sink), settle_limit_s=1, drain_s=0)
+    wait_for(lambda: committed(transport) == 1)
+    engine = one.worker._loop
+    if asks == "committed":
+        waits.set()
+    else:  # as if the settle thread had a batch of an earlier assignment, and no word came of it
+        engine._ready = False
+        engine.batch = Batch([], [Position(TOPIC, 2, 0)], None, "x", set(), since=time.monotonic())
+    transport.add_partitions(TOPIC, 3)
+    time.sleep(0.5)
+    assert one.worker.status().partitions == 2
+    one.stop(5)
+    assert one.error is None
+    assert committed(transport) == 1
 
 
 def test_transactions_that_timed_out_are_no_sign_of_a_twin(registry):
