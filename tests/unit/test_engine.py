@@ -1,6 +1,7 @@
 """The engine of the worker on the memory transport: what runs beside what, deadlines, settling when it goes wrong."""
 
 import asyncio
+import inspect
 import threading
 import time
 from collections import deque
@@ -13,8 +14,10 @@ from kser.events import EventType, read
 from kser.producer import BaseProducer
 from kser.transport import OutRecord, Partition, Position, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
-from kser.worker import loop
+from kser.worker import loop, members, processes
+from kser.worker import worker as worker_module
 from kser.worker.dispatch import Item
+from kser.worker.members import raise_for
 from kser.worker.offsets import PartitionState, decode
 from kser.worker.runner import Outcome
 from kser.worker.settle import Batch, _rounds
@@ -463,11 +466,63 @@ def test_exactly_once_is_refused_on_the_embedded_broker(registry):
         ({"on_lost_offset": "guess"}, "give one of 'stop', 'earliest', 'latest'"),
         ({"name": "a;b"}, "without a semicolon"),
         ({"settle_limit_s": 0}, "settle_limit_s=0"),
+        ({"processes": 0}, "processes=0: give a number not below 1"),
+        ({"processes": 2}, "transport with processes=2: an object cannot be given to another process; give config"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_with_what_to_give(registry, transport, options, said):
     with pytest.raises(ConfigurationError, match=said):
         Worker(registry, topics=[TOPIC], transport=transport, **options)
+
+
+def several(registry, **options):
+    return Worker(registry, topics=[TOPIC], config={"bootstrap.servers": "127.0.0.1:1"}, processes=2, **options)
+
+
+def test_what_other_processes_cannot_be_told_is_refused(registry):
+    callback = {"bootstrap.servers": "127.0.0.1:1", "stats_cb": print}
+    with pytest.raises(ConfigurationError, match=r"config\['stats_cb'\] with processes=2: a builtin_function"):
+        Worker(registry, topics=[TOPIC], config=callback, processes=2)
+    with pytest.raises(ConfigurationError, match="until_idle with processes=2: give processes=1"):
+        several(registry).run(until_idle=True)
+    with pytest.raises(ConfigurationError, match="and it is to run in several processes: assign it to a name"):
+        several(registry).run()
+    with pytest.raises(ConfigurationError, match="Health port 65535 with 2 processes: process 1 would have port 65536"):
+        several(registry, location="shop:registry", health_port=65535).run()
+
+
+def test_several_processes_that_are_stopped_before_they_run_do_not_start(registry, caplog):
+    worker = several(registry, location="shop:registry")
+    worker.stop()
+    worker.run()
+    assert worker.stopping == 1
+    assert "started" not in caplog.text
+
+
+def test_a_process_is_killed_only_after_the_time_in_which_it_ends_itself(registry, monkeypatch):
+    """Its own timer counts Worker.end_s from its drain on, and that covers all that may come together at its end."""
+    given = []
+    monkeypatch.setattr(members.Processes, "run", lambda self: given.append(self._end_s) or 0)
+    worker = several(registry, location="shop:registry", drain_s=7, settle_limit_s=11)
+    worker.run()
+    assert given == [worker.end_s]
+    assert worker.end_s > 7 + 2 * 11 + 50
+    assert processes._MARGIN_S > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "raised"), [(1, TransportError), (2, ConfigurationError), (3, FencedError), (9, TransportError)]
+)
+def test_what_ended_one_of_several_processes_is_raised(code, raised):
+    with pytest.raises(raised, match=f"exit code {code}"):
+        raise_for(code)
+    assert raise_for(0) is raise_for(4) is None
+
+
+def test_each_of_several_processes_is_told_all_settings_of_the_worker():
+    """A new argument of Worker must not be forgotten there."""
+    own = {"registry", "config", "transport", "name", "location", "health_port", "processes", "relay"}
+    assert set(inspect.signature(Worker.__init__).parameters) - {"self"} == own | set(worker_module._SETTINGS)
 
 
 def test_the_metadata_names_the_batch_that_was_settled(registry, transport, start):
