@@ -30,7 +30,6 @@ def main() -> NoReturn:
     """Be a member, until asked to stop."""
     orders = _orders()
     sys.argv[:], sys.path[:] = orders["argv"], orders["path"]
-    set_levels(orders)
 
     def be() -> NoReturn:
         """Called again by a script that is being imported and has come to the run() of its worker."""
@@ -63,7 +62,7 @@ def _be(orders: dict[str, Any]) -> int:
         loading.stop_at_guard(None)
         if orders["logs"]:
             logging.basicConfig(format=_FORMAT)  # does nothing where a module has seen to it
-        set_levels(orders)
+        set_levels(orders)  # a module may have set them otherwise than the program did later
         return _run(Worker(controller, location=orders["location"], **orders["worker"], **_own(orders)))
     except FencedError as exc:
         logger.error("%s", exc.message)
