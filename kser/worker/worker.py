@@ -310,15 +310,15 @@ class Worker:
     def _is_told(self, watch: ControlWatch) -> bool:
         """Wait until all is known that was told to the group; False when asked to stop meanwhile."""
         end = time.monotonic() + _TOLD_S
-        while not watch.wait_ready(_LOOK_S):
-            if self._stop:
-                return False
+        while not self._stop:  # asked so early it does not even join: a client that leaves at once has hung
+            if watch.wait_ready(_LOOK_S):
+                return True
             if time.monotonic() >= end:
                 raise TransportError(
                     f"What was told to group {self.group} could not be read within {_TOLD_S:g} s: is topic "
                     f"{control_topic(self.group)} well?"
                 )
-        return True
+        return False
 
     def stop(self) -> None:
         """Ask run() to end. The first time it drains, the second time it waits for no task. From any thread."""
