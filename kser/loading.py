@@ -104,13 +104,14 @@ def find_class(registry: OperationRegistry, name: str) -> type[Entrypoint]:
 # -- the place of a registry -----------------------------------------------------------------------------------------
 
 
-def location_of(registry: Registered) -> str:
+def location_of(registry: Registered, why: str = "it has tasks with isolate=True") -> str:
     """``MODULE_OR_FILE:NAME`` from which another process of this program can load ``registry``.
 
     A script is named by its file. Of several modules that have the registry under a name, the script is taken when
     classes of the registry are defined in it, else the one that defines most of them.
 
-    Raises ConfigurationError when no module has it at its top level, or only an interactive session.
+    Raises ConfigurationError when no module has it at its top level, or only an interactive session. ``why``: what a
+    child process is for, in the words of that error.
     """
     counts: dict[str, int] = {}
     for cls in _classes(registry):
@@ -125,11 +126,11 @@ def location_of(registry: Registered) -> str:
     if found:
         raise ConfigurationError(
             f"This {what} is {found[0][1]} of an interactive session, from which a child process can load nothing, and "
-            "it has tasks with isolate=True: put it into a file"
+            f"{why}: put it into a file"
         )
     raise ConfigurationError(
-        f"No module has this {what} under a name of its own, so that a child process cannot load it, and it has tasks "
-        f"with isolate=True: assign it to a name at the top level of a module, as in {what} = "
+        f"No module has this {what} under a name of its own, so that a child process cannot load it, and {why}: "
+        f"assign it to a name at the top level of a module, as in {what} = "
         f"{'OperationRegistry()' if what == 'registry' else 'Shop()'}"
     )
 

@@ -1,14 +1,11 @@
 """``kser worker``: run the tasks of a registry."""
 
-import contextlib
 import faulthandler
-import io
 import logging
 import os
 import re
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import click
@@ -31,18 +28,14 @@ from kser.errors import ConfigurationError, FencedError
 from kser.loading import load
 from kser.worker import Worker
 from kser.worker.dispatch import Ordering
-from kser.worker.processes import Processes
-from kser.worker.shutdown import stopping_on_signals
+from kser.worker.members import places
+from kser.worker.processes import LEFT, TWIN, Processes
+from kser.worker.shutdown import end_within, obey_stdin, stopping_on_signals
 from kser.worker.worker import Delivery, LostOffset
 
 __all__ = ["LEFT", "TWIN", "worker"]
 
 logger = logging.getLogger(__name__)
-
-#: What a worker may take to end beyond --drain, in seconds: to settle, to leave, and to close its clients.
-_END_S = 120.0
-#: Exit codes beyond 0 (asked to stop), 1 (failure) and 2 (misuse).
-TWIN, LEFT = 3, 4
 
 _SIZES = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
 
@@ -257,12 +250,12 @@ def worker(
     )
     if processes > 1:
         # The settings are checked by now: what is wrong with them is told once, not by each child.
-        several = Processes(_commands(processes, name, health), drain_s=drain, ended=(1, 2, TWIN))
+        several = Processes(_commands(processes, name, health), end_s=running.end_s)
         if stop_with_stdin:
-            _stop_with_stdin(lambda: several.stopping, several.stop)
+            obey_stdin(lambda: several.stopping, several.stop)
         sys.exit(several.run())
     if stop_with_stdin:
-        _stop_with_stdin(lambda: running.stopping, running.stop)
+        obey_stdin(lambda: running.stopping, running.stop)
     logger.info(
         "Worker.Starting... %s, group %s, topics %s, brokers %s",
         running.name,
@@ -270,7 +263,7 @@ def worker(
         ", ".join(running.topics),
         config["bootstrap.servers"],
     )
-    running.on_drain = lambda: _end_within(drain + _END_S)
+    running.on_drain = lambda: end_within(running.end_s)
     try:
         with stopping_on_signals(running.stop):
             running.run()
@@ -288,18 +281,6 @@ def worker(
         )
 
 
-def _end_within(seconds: float) -> None:
-    """End this process with code 1 after so long, whatever hangs, and say where; until that is cancelled.
-
-    Closing a consumer hung once for good inside the Kafka client, with Python's lock in its hands (it was assigned
-    partitions while it closed): nothing but a thread of C can end such a process.
-    """
-    stderr = sys.__stderr__
-    if stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # it is closed
-            faulthandler.dump_traceback_later(seconds, exit=True, file=stderr)
-
-
 def _choose_protocol(connection: Connection, chosen: str | None) -> None:
     """Make --group-protocol a property. As a variable it is weaker than a typed -X, like all of them."""
     ctx = click.get_current_context()
@@ -311,24 +292,19 @@ def _choose_protocol(connection: Connection, chosen: str | None) -> None:
 
 def _commands(processes: int, name: str | None, health: int | None) -> list[list[str]]:
     """The commands of the children: this one for a single process, each with a name and a port of its own."""
-    if health is not None and health + processes - 1 > 65535:
-        raise ConfigurationError(
-            f"--health {health} with --processes {processes}: process {65536 - health} would have port 65536, and "
-            "there is none; give a lower port"
-        )
     os.environ.pop("KSER_PROCESSES", None)
     given = _without(sys.argv[1:], "--processes")
     # The last one of an option counts; after "--" there are none.
     end = given.index("--") if "--" in given else len(given)
     commands = []
-    for number in range(processes):
+    for place in places(processes, name, health):
         own = ["--stop-with-stdin", "--log-process"]
-        if name is not None:
-            own += ["--name", f"{name}-{number}"]
-        if health is not None:
-            own += ["--health", str(health + number)]
-        if number:
-            own.append("--no-relay")  # one of them is enough
+        if place.name is not None:
+            own += ["--name", place.name]
+        if place.health_port is not None:
+            own += ["--health", str(place.health_port)]
+        if not place.relay:
+            own.append("--no-relay")
         commands.append([sys.executable, "-m", "kser", *given[:end], *own, *given[end:]])
     return commands
 
@@ -344,34 +320,3 @@ def _without(arguments: Sequence[str], option_name: str) -> list[str]:
         elif not argument.startswith(f"{option_name}="):
             kept.append(argument)
     return kept
-
-
-def _stop_with_stdin(stopping: Callable[[], int], stop: Callable[[], None]) -> None:
-    """Have ``stop`` called for each byte of stdin and for its end, unless a signal has asked as often already.
-
-    Args:
-        stopping: how often it has been asked.
-        stop: asks once more.
-    """
-
-    def listen() -> None:
-        told = 0
-        while read := _read_stdin():
-            told += len(read)
-            while stopping() < told:
-                stop()
-        logger.info("Standard input has ended")
-        if not stopping():
-            stop()
-
-    threading.Thread(target=listen, name="kser-stdin", daemon=True).start()
-
-
-def _read_stdin() -> bytes:
-    try:
-        # Not through sys.stdin: Python aborts when it ends while a thread waits there, holding its lock.
-        return os.read(sys.stdin.fileno(), 1)
-    except io.UnsupportedOperation:
-        return sys.stdin.buffer.read(1)  # in tests it is no file
-    except (AttributeError, OSError, ValueError):
-        return b""  # closed, or its terminal is gone

@@ -61,6 +61,11 @@ class Aside:
             raise call.error
         return call.value
 
+    @property
+    def overdue(self) -> bool:
+        """Whether a call that took longer than it was waited for is still under way."""
+        return self._overdue is not None and self._overdue.done.locked()
+
     def close(self) -> None:
         """Let the thread end, once the call under way has. A later call() starts another one."""
         orders, self._orders = self._orders, None

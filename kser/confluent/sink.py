@@ -19,7 +19,7 @@ from kser.confluent.logs import ClientState, logger
 from kser.confluent.numbered import Numbered
 from kser.confluent.source import ConfluentMember, message_partition, to_offsets
 from kser.errors import DeliveryError, Error, FencedError, GroupError, TransportError, ValidationError
-from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
+from kser.transport import EXPIRED_SHARE, DeliveryCallback, GroupMember, OutRecord, Position
 
 __all__ = ["ConfluentSink"]
 
@@ -68,7 +68,8 @@ class ConfluentSink:
     produce() of its own sink; poll() and flush() do nothing there.
 
     Errors of a transaction's calls have in ``extra`` ``abort`` (True: nothing is stored, call abort(), then begin())
-    and ``fatal`` (True: this sink is of no more use; close it and make one of the same transactional id).
+    and ``fatal`` (True: this sink is of no more use; close it and make one of the same transactional id); a FencedError
+    of a transaction that had its time has ``expired`` (True: its coordinator ended it).
 
     Args:
         config: of producer_config(): librdkafka properties, with ``transactional.id`` for transactions and
@@ -102,6 +103,8 @@ class ConfluentSink:
         self._met = self._id is not None
         self._initialised = False
         self._open = False
+        #: When the transaction was begun, time.monotonic().
+        self._began = 0.0
         #: send_offsets() failed: a commit would store the records without the offsets.
         self._offsets_missing = False
         #: What ended the transactions of this sink for good.
@@ -241,6 +244,7 @@ class ConfluentSink:
             self._initialise(producer)
         self._transaction_call(f"Beginning a transaction of {self._id}", producer.begin_transaction)
         self._open, self._offsets_missing, self._failure, self._handed = True, False, None, 0
+        self._began = time.monotonic()
 
     def send_offsets(self, positions: Sequence[Position], member: GroupMember) -> None:
         """See Sink.
@@ -581,9 +585,8 @@ class ConfluentSink:
         headers = sum(len(name) + len(value or b"") for name, value in record.headers)
         size = len(record.key or b"") + len(record.value or b"") + headers
         what = f"A record for topic {record.topic}"
-        return too_large(error, what, size, self._limit, topic=record.topic) or translate(
-            error, f"Writing to topic {record.topic}", topic=record.topic
-        )
+        failure = too_large(error, what, size, self._limit, topic=record.topic)
+        return failure or self._dated(translate(error, f"Writing to topic {record.topic}", topic=record.topic))
 
     def _renew(self, broken: Producer) -> bool:
         """A new client instead of one that had a fatal error; False inside callbacks, where it cannot be done."""
@@ -611,7 +614,9 @@ class ConfluentSink:
             error = kafka_error(exc)
             if error is None:
                 raise TransportError(f"{doing} failed: {exc}") from exc
-            failure = translate(error, doing, strict=True, abort=error.txn_requires_abort(), fatal=is_fatal(error))
+            failure = self._dated(
+                translate(error, doing, strict=True, abort=error.txn_requires_abort(), fatal=is_fatal(error))
+            )
             if error.txn_requires_abort() and self._failure is not None:
                 failure.message = f"{failure.message}; the first record failed so: {self._failure.message}"
                 failure.extra["record"] = self._failure
@@ -620,6 +625,13 @@ class ConfluentSink:
             raise failure from exc
         self._state.up()
         self._raise_escaped()
+
+    def _dated(self, failure: Error) -> Error:
+        """Note on a fence that its transaction had its time: a coordinator that ended it itself answers the same."""
+        age_s = time.monotonic() - self._began
+        if isinstance(failure, FencedError) and self._open and age_s >= EXPIRED_SHARE * self._transaction_s:
+            failure.extra["expired"] = True
+        return failure
 
     def _initialise(self, producer: Producer) -> None:
         """Learn of the coordinator, fence and end what an earlier life of this id left open."""

@@ -529,6 +529,11 @@ class ConfluentSource:
             # The broker itself checks the member, not what it owns.
             raise self._not_owned(gone, "Committing")
 
+    @property
+    def commit_overdue(self) -> bool:
+        """See Source. A commit of a client that left is none: the coordinator refuses it, its member is gone."""
+        return self._aside.overdue
+
     def _commit(self, offsets: list[TopicPartition], timeout_s: float) -> None:
         doing = f"Committing offsets of group {self.group}"
         try:

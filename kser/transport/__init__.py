@@ -6,11 +6,12 @@ suite (tests/contract) runs on all of them, so what a docstring here says is wha
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 from kser.errors import Error
 
 __all__ = [
+    "EXPIRED_SHARE",
     "DeliveryCallback",
     "GroupMember",
     "Header",
@@ -27,6 +28,10 @@ __all__ = [
     "TopicSpec",
     "Transport",
 ]
+
+#: A transaction that has been open for this share of its timeout has expired when its producer is fenced: a producer
+#: that takes over an id fences young ones, which are open for milliseconds, and clocks and answers differ a little.
+EXPIRED_SHARE: Final = 0.8
 
 #: One record header: name and raw value. Names may repeat.
 Header = tuple[str, bytes | None]
@@ -163,6 +168,13 @@ class Source(Protocol):
             TransportError: it is not known whether they were stored.
         """
 
+    @property
+    def commit_overdue(self) -> bool:
+        """Whether a commit() that got no answer in its time may still be stored: after what is stored by then, too.
+
+        It ends with an answer, or when the client gives the request up. Never raises.
+        """
+
     def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
         """Ask for these positions to be stored, and return at once. ``on_stored`` tells, from poll() or commit().
 
@@ -189,6 +201,8 @@ class Sink(Protocol):
 
     Errors of a transaction's calls have in ``extra``, where it is so: ``abort`` True: nothing is stored, call abort(),
     then begin(); ``fatal`` True: this sink is of no more use, close it and make one of the same transactional id;
+    ``expired`` True, of a FencedError: the transaction was open for about as long as it may be, so it was the broker
+    that ended it, for all that is known, and no other producer of the same id;
     ``record``: the Error of the first record that could not be delivered, with ``extra["index"]`` when it came by
     produce_all(), counted over all those calls since begin().
     """
@@ -248,7 +262,8 @@ class Sink(Protocol):
         """Make the transaction visible: its records and its offsets, together.
 
         Raises:
-            FencedError: another producer has this transactional id now. Nothing of the transaction is visible.
+            FencedError: another producer has this transactional id now, or the transaction took too long (``expired``).
+                Nothing of it is visible.
             Error: with ``extra["abort"]`` True when only abort() is left; ``extra["record"]`` is then the Error of the
                 first record that was refused, if that is why.
             TransportError: it is not known what became of it, unless ``retriable``: then call commit() again.

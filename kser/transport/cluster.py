@@ -135,7 +135,7 @@ class Cluster:
         self.topics: dict[str, list[PartitionLog]] = {}
         self._default_partitions = default_partitions
         self._session_timeout_s = session_timeout_s
-        self._transaction_timeout_s = transaction_timeout_s
+        self.transaction_timeout_s = transaction_timeout_s
         self._auto_create = auto_create
         self._groups: dict[str, Group] = {}
         self._ids: dict[str, TransactionalId] = {}
@@ -155,8 +155,8 @@ class Cluster:
         for group in self._groups.values():
             acted |= group.put_out_overdue(now, self._session_timeout_s, counts)
         for name, holder in self._ids.items():
-            if holder.open is not None and now >= holder.open.began + self._transaction_timeout_s:
-                logger.info("The transaction of %s is older than %s s: aborted", name, self._transaction_timeout_s)
+            if holder.open is not None and now >= holder.open.began + self.transaction_timeout_s:
+                logger.info("The transaction of %s is older than %s s: aborted", name, self.transaction_timeout_s)
                 self.end_transaction(holder, committed=False)
                 holder.epoch += 1  # so that its producer is told, as by a Kafka coordinator
                 acted = True
@@ -168,7 +168,7 @@ class Cluster:
         dues = [deadline]
         for group in self._groups.values():
             dues += [m.seen + self._session_timeout_s for m in group.members.values() if not m.polling]
-        dues += [h.open.began + self._transaction_timeout_s for h in self._ids.values() if h.open is not None]
+        dues += [h.open.began + self.transaction_timeout_s for h in self._ids.values() if h.open is not None]
         self.clock.wait(self.changed, max(0.0, min(dues) - self.clock.monotonic()))
 
     # -- faults ------------------------------------------------------------------------------------------------------

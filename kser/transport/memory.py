@@ -25,6 +25,7 @@ from kser.errors import (
     ValidationError,
 )
 from kser.transport import (
+    EXPIRED_SHARE,
     DeliveryCallback,
     GroupMember,
     OutRecord,
@@ -329,6 +330,11 @@ class MemorySource:
             self._cluster.tick()
             self._group.store_owned(self._member, stored, self._cluster.next_sequence())
 
+    @property
+    def commit_overdue(self) -> bool:
+        """Always False: commit() is answered at once."""
+        return False
+
     def commit_later(self, positions: Sequence[Position], on_stored: DeliveryCallback) -> None:
         """Ask for these positions to be stored: done at once, and told by the next poll()."""
         owned = [position for position in positions if position.of in self._assigned.positions]
@@ -486,6 +492,8 @@ class MemorySink:
         self._epoch: int | None = None
         #: "unanswered": committed, but its answer was lost; the same commit() again is answered with success.
         self._phase: Literal["ready", "open", "unanswered"] = "ready"
+        #: When the transaction was begun, in the clock's seconds.
+        self._began = 0.0
         #: Why the open transaction can only be aborted.
         self._failure: Error | None = None
         #: The error of the first record of the transaction that was not delivered.
@@ -601,6 +609,7 @@ class MemorySink:
             if self._epoch is None:
                 self._epoch = self._cluster.take_over(self._id)
             self._phase, self._handed, self._undelivered, self._offsets_missing = "open", 0, None, False
+            self._began = self._cluster.clock.monotonic()
 
     def send_offsets(self, positions: Sequence[Position], member: GroupMember) -> None:
         """Make these positions part of the transaction; after a GroupError it can only be aborted."""
@@ -701,10 +710,14 @@ class MemorySink:
         assert self._id is not None
         holder = self._cluster.holder(self._id)
         if holder.epoch != self._epoch:
+            extra = {"fatal": True}
+            age_s = self._cluster.clock.monotonic() - self._began
+            if self._phase == "open" and age_s >= EXPIRED_SHARE * self._cluster.transaction_timeout_s:
+                extra["expired"] = True
             raise FencedError(
                 f"Transactional id {self._id} was taken over by another producer, or its transaction took too long: "
                 "make a new sink",
-                extra={"fatal": True},
+                extra=extra,
             )
         return holder
 

@@ -15,15 +15,33 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 from kser import context, loading
 from kser.context import Control
+from kser.controller import Controller
 from kser.errors import Error
 from kser.transport import Record
 from kser.worker.runner import Outcome, Runner
 
-__all__ = ["ABORT", "BEAT", "DONE", "END", "FAULT", "READY", "UNKNOWN", "UNLOADABLE", "Channel", "main"]
+__all__ = [
+    "ABORT",
+    "BEAT",
+    "DONE",
+    "END",
+    "FAULT",
+    "HEAD",
+    "READY",
+    "UNKNOWN",
+    "UNLOADABLE",
+    "Channel",
+    "leave",
+    "load",
+    "main",
+    "pack",
+    "set_levels",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +60,8 @@ END: Final = "end"
 _BEAT_S: Final = 0.1
 #: How long a SIGTERM waits for the parent's word that it was meant, in seconds.
 _WORD_S: Final = 0.1
-_HEAD: Final = 4
+#: Bytes in front of each value, with its length.
+HEAD: Final = 4
 
 
 class Channel:
@@ -107,12 +126,12 @@ class Channel:
 
     def _taken(self) -> Any:
         buffer = self._buffer
-        if len(buffer) < _HEAD:
+        if len(buffer) < HEAD:
             return None
-        end = _HEAD + int.from_bytes(buffer[:_HEAD], "big")
+        end = HEAD + int.from_bytes(buffer[:HEAD], "big")
         if len(buffer) < end:
             return None
-        value = marshal.loads(buffer[_HEAD:end])  # noqa: S302 - the other side is this program
+        value = marshal.loads(buffer[HEAD:end])  # noqa: S302 - the other side is this program
         del buffer[:end]
         return value
 
@@ -120,7 +139,7 @@ class Channel:
 def pack(value: Any) -> bytes:
     """The frame of a value. Raises ValueError for one that is not plain."""
     data = marshal.dumps(value)
-    return len(data).to_bytes(_HEAD, "big") + data
+    return len(data).to_bytes(HEAD, "big") + data
 
 
 class _Control(Control):
@@ -262,25 +281,18 @@ class _Child:
             try:
                 number, fields = self._work.receive()
             except EOFError:
-                _leave(0)
+                leave(0)
             answer = self._answer(runner, number, Record(*fields))
             if os.getpid() != self._pid:
                 os._exit(0)  # a copy that the task made with os.fork() and that came back from there
             self._work.send(answer)
 
     def _load(self) -> Runner:
-        orders = self._orders
-        controller = loading.load_controller(orders["location"])
-        for module in orders["modules"]:
-            loading.import_target(module)
-        if orders["main"] is not None:
-            loading.stand_in_for_main(orders["main"], controller)
-        loading.answer_to(controller, orders["names"])
-        return Runner(controller, **orders["runner"])
+        return Runner(load(self._orders), **self._orders["runner"])
 
     def _refuse(self, why: str) -> NoReturn:
         self._work.send((UNLOADABLE, why))
-        _leave(1)
+        leave(1)
 
     def _answer(self, runner: Runner, number: int, record: Record) -> tuple[Any, ...]:
         try:
@@ -303,12 +315,23 @@ class _Child:
             self._running = None
 
 
+def load(orders: Mapping[str, Any]) -> Controller | type[Controller]:
+    """The controller that a process was told of, with all that its parent knows of it (pool.surroundings())."""
+    controller = loading.load_controller(orders["location"])
+    for module in orders["modules"]:
+        loading.import_target(module)
+    if orders["main"] is not None:
+        loading.stand_in_for_main(orders["main"], controller)
+    loading.answer_to(controller, orders["names"])
+    return controller
+
+
 def _fields(out: Any) -> tuple[Any, ...]:
     # A topic may come from a user's enumeration of them, which no other process has to know.
     return str.__str__(out.topic), out.key, out.value, out.headers, out.partition
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """End this process. Not by an exception: a script that is being imported may catch it, and do who knows what."""
     try:
         atexit._run_exitfuncs()
@@ -347,10 +370,9 @@ def _ignore(number: int, frame: Any) -> None:
     """Handler of a signal that means nothing here. Not SIG_IGN: what a task starts would inherit that."""
 
 
-def _configure_logging(logs: Channel, orders: dict[str, Any]) -> None:
-    root = logging.getLogger()
-    root.addHandler(_Forwarding(logs))
-    root.setLevel(orders["level"])
+def set_levels(orders: Mapping[str, Any]) -> None:
+    """Log what the parent would."""
+    logging.getLogger().setLevel(orders["level"])
     logging.disable(orders["disabled"])
     for name, level in orders["levels"].items():
         logging.getLogger(name).setLevel(level)
@@ -373,7 +395,8 @@ def main() -> NoReturn:
     except EOFError:
         os._exit(0)
     sys.argv[:], sys.path[:] = orders["argv"], orders["path"]
-    _configure_logging(logs, orders)
+    logging.getLogger().addHandler(_Forwarding(logs))
+    set_levels(orders)
     child = _Child(work, control, orders)
     child.listen()
     signal.signal(signal.SIGTERM, child.terminated)

@@ -83,6 +83,14 @@ _WON: Final = frozenset({headers.CLAIM})
 _NOT_ALONG: Final = _WON | {headers.WAITING, headers.REASON}
 #: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
 _UNRESOLVED_S: Final = 30.0
+#: How long it is asked where partitions that come were left, in seconds, and for how long at a time: that late is a
+#: stop heard. Shorter, and a slow coordinator would never be heard.
+_COMMITTED_S: Final = 60.0
+_ASK_S: Final = 5.0
+
+
+class _DeclinedError(Error):
+    """Out of a callback of the source, through poll(): the partitions that came are not wanted any more."""
 
 
 class Inbox:
@@ -301,6 +309,8 @@ class Loop:
             self._offset_lost(exc)
         except GroupError as exc:
             self._join_again(exc)
+        except _DeclinedError as exc:
+            logger.info("%s", exc.message)
         return ()
 
     def _join_again(self, exc: GroupError) -> None:
@@ -446,7 +456,8 @@ class Loop:
             self.source.commit(list(fresh.values()), 5)
         except TransportError as exc:
             # Nothing is lost by it: it comes with the next offsets, and a crash until then is not counted. Another
-            # commit of its own would tell of what is finished by then and not settled.
+            # commit of its own would tell of what is finished by then and not settled. Nothing is settled while it is
+            # still out: see _settle().
             logger.log(
                 logging.INFO if isinstance(exc, GroupError) else logging.WARNING,
                 "Not noted that partitions are being worked on: %s",
@@ -711,8 +722,10 @@ class Loop:
     def _settle(self, *, at_once: bool = False) -> None:
         """Give what is finished to the settle thread when it is time; give that up when it hangs."""
         now = time.monotonic()
-        if (self.uncommitted or (at_once and self._storing)) and now >= self._commit_due:
-            self._commit(wait=at_once)
+        # A commit that is out after its time might be stored after what is settled now, and set the offsets back.
+        overdue = self.source.commit_overdue
+        if (self.uncommitted or (at_once and self._storing)) and now >= self._commit_due and (at_once or not overdue):
+            self._commit(wait=at_once)  # one that waits, waits for the one that is out as well
         if self.batch is not None:
             # At least once every wait is bounded, and giving up would send twice: only a hang is worth that.
             if self._ready and now - self.batch.since > self.worker.settle_limit_s * (1 if self.exactly_once else 5):
@@ -721,7 +734,7 @@ class Loop:
         if self.unknown is not None:
             self._resolve(now)
             return
-        if not self.pending or not self._ready or now < self._not_before:
+        if not self.pending or not self._ready or now < self._not_before or overdue:
             return
         if (
             self.in_flight
@@ -993,7 +1006,7 @@ class Loop:
     def on_assign(self, partitions: Sequence[Partition]) -> Sequence[Position]:
         """Start with a new state for each: results of an earlier assignment are worth nothing."""
         self._wait_for_batches_of(set(partitions))
-        found = self.source.committed(partitions, timeout_s=60)
+        found = self._committed(partitions)
         for position in found:
             self.parts[position.of] = state = PartitionState(position.of, position)
             if state.was_open:
@@ -1004,6 +1017,24 @@ class Loop:
         self._watched = -1  # so that topics that people paused are paused again
         logger.debug("Assigned: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
         return [position for position in found if position.offset >= 0]
+
+    def _committed(self, partitions: Sequence[Partition]) -> list[Position]:
+        """Where partitions that come were left. Asked in slices, between which a stop is heard."""
+        end = time.monotonic() + _COMMITTED_S
+        while True:
+            self._decline_when_stopping()
+            asked = time.monotonic()
+            try:
+                return self.source.committed(partitions, timeout_s=_ASK_S)
+            except TransportError:
+                now = time.monotonic()
+                if now < asked + _ASK_S or now >= end:
+                    raise  # an answer, if it came before its time was up
+
+    def _decline_when_stopping(self) -> None:
+        """Let go of partitions that are just coming, which only poll() can end: nothing of them would be run."""
+        if self._should_stop():
+            raise _DeclinedError("Partitions that came are not taken over, because the worker stops")
 
     def _crashed(self, state: PartitionState) -> None:
         """The owner before ended without letting go: what it may have been running is noted."""
@@ -1024,6 +1055,7 @@ class Loop:
         ):
             if self.failure is not None:
                 raise self.failure
+            self._decline_when_stopping()
             if time.monotonic() > end:
                 raise TransportError(
                     "It could not be found out whether a batch of the partitions that come was committed: the worker "
@@ -1135,6 +1167,8 @@ class Loop:
             self.halted |= set(self.parts)
             try:
                 self.source.poll(0, 1)  # stays a member
+            except _DeclinedError as exc:
+                logger.info("%s", exc.message)
             except TransportError as exc:
                 logger.warning("The group is lost while this worker stops: %s", exc.message)
                 break

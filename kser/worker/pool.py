@@ -57,7 +57,7 @@ from kser.worker import child as protocol
 from kser.worker.child import Channel
 from kser.worker.runner import Outcome
 
-__all__ = ["IsolatedPool", "location_of"]
+__all__ = ["IsolatedPool", "command", "location_of", "surroundings"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ _REAP_S: Final = 5.0
 #: Processes that may die under a record before it begins in any of them.
 _CHILDREN: Final = 3
 #: Says where kser is before it is imported; the rest of the path comes with the orders.
-_BOOT: Final = "import sys; sys.path.insert(0, sys.argv[5]); from kser.worker.child import main; main()"
+_BOOT: Final = "import sys; sys.path.insert(0, sys.argv[-1]); from kser.worker.child import main; main()"
 
 
 class IsolatedPool:
@@ -203,7 +203,7 @@ class IsolatedPool:
         with self._lock:
             self._children.add(child)
         try:
-            child.begin(self._orders | _surroundings(self._location))
+            child.begin(self._orders | surroundings(self._location))
             self._await_ready(child, record, aborted)
         except BaseException:
             self._end(child)
@@ -318,7 +318,7 @@ class IsolatedPool:
         raise InternalError(f"{_what(record)} broke its child process: {answer[2]}", extra=_extra(record))
 
 
-def _surroundings(location: str) -> dict[str, Any]:
+def surroundings(location: str) -> dict[str, Any]:
     """What a child needs to import what this process did, and which log lines anybody wants."""
     needs = loading.needs_of(location)
     root = logging.getLogger()
@@ -333,6 +333,7 @@ def _surroundings(location: str) -> dict[str, Any]:
         "path": [entry for entry in sys.path if type(entry) is str],
         "level": root.level,
         "disabled": root.manager.disable,
+        "logs": bool(root.handlers),
         "levels": {name: level for name, level in levels.items() if level != logging.NOTSET},
     }
 
@@ -344,10 +345,9 @@ class _Child:
         pairs = [socket.socketpair() for _ in range(3)]
         life, self._life = os.pipe()
         theirs = [*(pair[1].fileno() for pair in pairs), life]
-        root = str(Path(loading.__file__).resolve().parent.parent)
         try:
             self.process = subprocess.Popen(  # noqa: S603 - this very Python
-                [sys.executable, *_flags(), "-c", _BOOT, *map(str, theirs), root],
+                command(_BOOT, *map(str, theirs)),
                 stdin=subprocess.DEVNULL,
                 pass_fds=theirs,
                 start_new_session=True,
@@ -500,6 +500,12 @@ def _forked() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
+
+
+def command(boot: str, *arguments: str) -> list[str]:
+    """Start this very Python with ``boot``, whose last argument is the folder that kser is in."""
+    root = str(Path(loading.__file__).resolve().parent.parent)
+    return [sys.executable, *_flags(), "-c", boot, *arguments, root]
 
 
 def _flags() -> list[str]:

@@ -16,15 +16,17 @@ from typing import Final
 
 from kser.worker.shutdown import stopping_on_signals
 
-__all__ = ["Processes"]
+__all__ = ["FAILED", "LEFT", "MISUSE", "TWIN", "Processes"]
 
 logger = logging.getLogger(__name__)
 
+#: Exit codes of a worker that did not end well: a failure, misuse, another worker of its name, tasks left running.
+FAILED, MISUSE, TWIN, LEFT = 1, 2, 3, 4
 #: First and longest wait before a child that died is started again, in seconds; a child that lived this long is new.
 _BACKOFF_S: Final = 1.0
 _LONGEST_S: Final = 60.0
-#: What a child gets to end beyond its own budget, in seconds, before it is killed.
-_MARGIN_S: Final = 45.0
+#: What a child gets beyond the time after which it ends itself, in seconds, before it is killed.
+_MARGIN_S: Final = 10.0
 #: How often the children are looked at, in seconds.
 _LOOK_S: Final = 0.1
 
@@ -32,9 +34,10 @@ _LOOK_S: Final = 0.1
 class _Child:
     """One place among the children."""
 
-    def __init__(self, number: int, command: Sequence[str]) -> None:
+    def __init__(self, number: int, command: Sequence[str], orders: bytes = b"") -> None:
         self.number = number
         self.command = list(command)
+        self.orders = orders
         self.process: subprocess.Popen[bytes] | None = None
         self.started = 0.0
         self.due = 0.0
@@ -51,6 +54,7 @@ class _Child:
             self.again(f"cannot be started ({exc.strerror or exc})")
         else:
             logger.info("Process %d started: %d", self.number, self.process.pid)
+            self._tell(self.orders)
 
     def again(self, why: str) -> None:
         """Have it started again after a while, which grows as long as it does not live."""
@@ -63,9 +67,12 @@ class _Child:
 
     def ask(self) -> None:
         """Ask it to stop, or once more."""
-        if self.process is not None and self.process.stdin is not None:
+        self._tell(b"\n")
+
+    def _tell(self, said: bytes) -> None:
+        if said and self.process is not None and self.process.stdin is not None:
             with contextlib.suppress(OSError):  # it has just ended
-                self.process.stdin.write(b"\n")
+                self.process.stdin.write(said)
 
     def let_go(self) -> None:
         """It has ended: close its pipe."""
@@ -80,15 +87,27 @@ class Processes:
     Args:
         commands: one for each child. A child must stop when its standard input brings a byte, not wait for its tasks
             when it brings another one, and stop when it ends.
-        drain_s: what a child may take to end by itself.
+        end_s: what a child may take to end. It watches that itself (Worker.end_s), and says where it hangs; what does
+            not even end then is killed a little later.
+        orders: what each child finds in its standard input when it starts.
         ended: exit codes of a child that no restart cures: then all are stopped.
 
     Thread rule: run() belongs to the main thread, because of the signals; stop() may be called from anywhere.
     """
 
-    def __init__(self, commands: Sequence[Sequence[str]], *, drain_s: float, ended: Sequence[int] = (1, 2, 3)) -> None:
-        self._children = [_Child(number, command) for number, command in enumerate(commands)]
-        self._drain_s = drain_s
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        *,
+        end_s: float,
+        ended: Sequence[int] = (FAILED, MISUSE, TWIN),
+        orders: Sequence[bytes] = (),
+    ) -> None:
+        self._children = [
+            _Child(number, command, told)
+            for number, (command, told) in enumerate(zip(commands, orders or [b""] * len(commands), strict=True))
+        ]
+        self._end_s = end_s
         self._ended = frozenset(ended)
         self._asked = 0
 
@@ -137,7 +156,7 @@ class Processes:
         """Ask the children to end, wait for it, kill the rest; their exit codes."""
         said = 0
         codes: list[int] = []
-        end = time.monotonic() + self._drain_s + _MARGIN_S
+        end = time.monotonic() + self._end_s + _MARGIN_S
         while running := [child for child in self._children if child.process is not None]:
             if time.monotonic() >= end:
                 return [*codes, *(_kill(child) for child in running)]

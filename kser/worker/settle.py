@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 PRODUCERS: Final = 3
 #: The same call again when it got no answer, at most so often.
 _TRIES: Final = 3
-#: Fenced again within this time, in seconds, it is a twin: a transaction that timed out answers the same (finding 8).
+#: Fenced again within this time, in seconds, it is a twin. One fence is no proof: a transaction that timed out answers
+#: the same (finding 8), and where its sink can tell that it did it does not count at all.
 TWIN_S: Final = 60.0
 #: Longest wait for the confirmations of one batch, in seconds.
 _DELIVERY_S: Final = 15.0
@@ -237,7 +238,7 @@ class ExactlyOnce(Settler):
         logger.warning("A transaction of %d records broke its producer: %s", len(batch.items), exc.message)
         if self._abandoned:
             return verdict  # nobody hears it; it was fenced by those that took over, which is no sign of a twin
-        if isinstance(exc, FencedError):
+        if isinstance(exc, FencedError) and not exc.extra.get("expired"):
             now = time.monotonic()
             if self._fences and now - self._fences[-1] < TWIN_S:
                 verdict.fatal = FencedError(

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,9 @@ from kser.worker.control import ControlWatch
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
 from kser.worker.loop import Loop
+from kser.worker.members import check_config, member_processes, places, raise_for
 from kser.worker.pool import IsolatedPool
+from kser.worker.processes import LEFT, Processes
 from kser.worker.relay import Relay
 from kser.worker.runner import Runner
 from kser.worker.shutdown import stopping_on_signals
@@ -43,6 +46,34 @@ _THRESHOLD: Final = 25_000
 _USUAL_THRESHOLDS: Final = frozenset({700, 2000})
 #: Longest wait for what was told to the group before the worker started, in seconds.
 _TOLD_S: Final = 60.0
+#: How late a stop is heard meanwhile, in seconds.
+_LOOK_S: Final = 0.2
+#: What a worker may take to end beyond the budget of its tasks and two batches that hang, in seconds: letting go of its
+#: partitions (5), the consumer, the producers, what people tell and the relay (10 each), the child processes (5), and
+#: what a busy machine may add.
+_CLOSE_S: Final = 80.0
+#: What each process of several is given as it is here.
+_SETTINGS: Final = (
+    "topics",
+    "group",
+    "delivery",
+    "ordering",
+    "concurrency",
+    "coroutines",
+    "isolated",
+    "max_abandoned",
+    "drain_s",
+    "max_in_flight",
+    "max_poll_records",
+    "max_bytes",
+    "settle_limit_s",
+    "on_lost_offset",
+    "create_topics",
+    "events",
+    "wait_s",
+    "control",
+    "health_host",
+)
 #: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
 _EMBEDDED: Final = "mockCluster"
 
@@ -65,6 +96,8 @@ class Worker:
         concurrency: threads that run tasks.
         coroutines: ``async def`` tasks side by side.
         isolated: child processes for tasks with ``isolate=True``.
+        processes: members of the group that run() starts, each a process of its own that loads the registry. Not with
+            ``transport``, nor with functions in ``config``. ``name`` and ``health_port`` are counted up: w-0, w-1.
         max_abandoned: threads that may be given up because their task ignores its timeout; one more ends the worker.
         drain_s: seconds that running tasks get to end when the worker is asked to stop or a partition is taken away.
         max_in_flight: messages taken and not run, beyond which no more are fetched.
@@ -102,6 +135,7 @@ class Worker:
         concurrency: int = 16,
         coroutines: int = 256,
         isolated: int = 2,
+        processes: int = 1,
         max_abandoned: int = 16,
         drain_s: float = 30,
         max_in_flight: int = 4000,
@@ -130,9 +164,17 @@ class Worker:
         _one_of("ordering", ordering, get_args(Ordering))
         _one_of("on_lost_offset", on_lost_offset, get_args(LostOffset))
         _at_least(1, concurrency=concurrency, coroutines=coroutines, isolated=isolated, max_in_flight=max_in_flight)
+        _at_least(1, processes=processes)
         _at_least(1, max_poll_records=max_poll_records, max_bytes=max_bytes)
         _at_least(0, drain_s=drain_s, max_abandoned=max_abandoned, wait_s=wait_s)
         _at_least(1, settle_limit_s=settle_limit_s)
+        if processes > 1:
+            if transport is not None:
+                raise ConfigurationError(
+                    f"transport with processes={processes}: an object cannot be given to another process; give config, "
+                    "or processes=1"
+                )
+            check_config(config or {}, processes)
         self.controller = registry.controller if isinstance(registry, OperationRegistry) else registry
         self.topics = list(topics)
         self.group = group
@@ -144,6 +186,7 @@ class Worker:
         self.concurrency = concurrency
         self.coroutines = coroutines
         self.isolated = isolated
+        self.processes = processes
         self.max_abandoned = max_abandoned
         self.drain_s = drain_s
         self.max_in_flight = max_in_flight
@@ -161,7 +204,8 @@ class Worker:
         self._location = location
         #: What became of the records so far: done, failed, rejected, foreign, discarded, skipped, came again.
         self.stats: Counter[str] = Counter()
-        #: Records that were running when run() returned: their next owner runs them again.
+        #: Records that were running when run() returned: their next owner runs them again. Of several processes 1 when
+        #: there were any; the log has them all.
         self.left = 0
         self._static = name is not None
         self._registry = registry
@@ -172,6 +216,7 @@ class Worker:
         self.on_drain: Callable[[], object] = lambda: None
         self._relay: Relay | None = None
         self._watch: ControlWatch | None = None
+        self._several: Processes | None = None
         self._stop = 0
 
     def run(self, *, until_idle: bool = False) -> None:
@@ -184,13 +229,20 @@ class Worker:
         On the way out what runs gets ``drain_s`` seconds to end, all that ended is settled, and the group is left. What
         did not end is run by the next owner.
 
+        With ``processes`` this one is their parent: it starts one that dies again, and ends all when one ends by what
+        no restart cures. ``stats`` and status() are of each process, and not told here.
+
         Raises:
             TransportError: no broker answered at the start, or the client cannot go on.
             FencedError: another worker has this one's name.
             OffsetLostError: a committed offset does not exist any more, and ``on_lost_offset`` is "stop".
-            ConfigurationError: a setting is wrong, or topics are missing.
+            ConfigurationError: a setting is wrong, or topics are missing; ``until_idle`` with several processes; a
+                registry that another process cannot load.
         """
         loading.guard()
+        if self.processes > 1:
+            self._run_several(until_idle)
+            return
         transport = self._transport or self._connect()
         admin = transport.admin()
         delivery = self._choose_delivery(admin)
@@ -203,7 +255,7 @@ class Worker:
             servers=self._config.get("bootstrap.servers"),
         )
         limit = max_message_bytes()
-        with take_slot(self.group, self.name if self._static else None) as slot:
+        with stopping_on_signals(self.stop), take_slot(self.group, self.name if self._static else None) as slot:
             self.name, self.delivery = slot.id, delivery
             settings: dict[str, Any] = {
                 "group": self.group,
@@ -220,11 +272,8 @@ class Worker:
                 if self.control:
                     self._watch = ControlWatch(transport, self.group)
                     self._watch.start()
-                    if not self._watch.wait_ready(_TOLD_S):
-                        raise TransportError(
-                            f"What was told to group {self.group} could not be read within {_TOLD_S:g} s: is topic "
-                            f"{control_topic(self.group)} well?"
-                        )
+                    if not self._is_told(self._watch):
+                        return
                 self._loop = Loop(self, transport, runner, delivery, pool, static=self._static, watch=self._watch)
                 if self.health_port is not None:
                     health = HealthServer(self.health_port, self.status, self.health_host)
@@ -232,7 +281,7 @@ class Worker:
                 if self.relay:
                     self._relay = Relay(transport, self.group, self.name, delivery, on_lost_offset=self.on_lost_offset)
                     self._relay.start()
-                with stopping_on_signals(self.stop), _tuned():
+                with _tuned():
                     self._loop.run(until_idle=until_idle)
             finally:
                 self.drains()
@@ -245,14 +294,47 @@ class Worker:
                 if pool is not None:
                     pool.stop(5)
 
+    def _run_several(self, until_idle: bool) -> None:
+        if until_idle:
+            raise ConfigurationError(f"until_idle with processes={self.processes}: give processes=1")
+        location = self._location or loading.location_of(self._registry, "it is to run in several processes")
+        settings = {name: getattr(self, name) for name in _SETTINGS} | {"config": self._config}
+        members = places(self.processes, self.name if self._static else None, self.health_port, relay=self.relay)
+        several = self._several = member_processes(loading.absolute(location), settings, members, end_s=self.end_s)
+        if self._stop and not several.stopping:  # before there was anybody to tell
+            several.stop()
+        code = several.run()
+        self.left = int(code == LEFT)
+        raise_for(code)
+
+    def _is_told(self, watch: ControlWatch) -> bool:
+        """Wait until all is known that was told to the group; False when asked to stop meanwhile."""
+        end = time.monotonic() + _TOLD_S
+        while not self._stop:  # asked so early it does not even join: a client that leaves at once has hung
+            if watch.wait_ready(_LOOK_S):
+                return True
+            if time.monotonic() >= end:
+                raise TransportError(
+                    f"What was told to group {self.group} could not be read within {_TOLD_S:g} s: is topic "
+                    f"{control_topic(self.group)} well?"
+                )
+        return False
+
     def stop(self) -> None:
         """Ask run() to end. The first time it drains, the second time it waits for no task. From any thread."""
         self._stop += 1
+        if self._several is not None:
+            self._several.stop()
 
     @property
     def stopping(self) -> int:
-        """How often stop() was called."""
-        return self._stop
+        """How often stop() was called, or a signal asked the same."""
+        return self._stop if self._several is None else max(self._stop, self._several.stopping)
+
+    @property
+    def end_s(self) -> float:
+        """Longest that run() takes to return once it was asked to stop, in seconds; more is a hang of a client."""
+        return self.drain_s + 2 * self.settle_limit_s + _CLOSE_S
 
     def drains(self) -> None:
         """Called by the loop when it begins to stop: its companions can do so meanwhile."""

@@ -17,6 +17,11 @@ from tests import kafka_jars
 from tests.apache_kafka import ApacheKafka, KafkaUnavailableError
 from tests.chaos.harness import EMBEDDED_SESSION_S, Chaos, repeat_command, run
 
+#: A run of so many operations is the long form, which shows something only with so many of these.
+LONG = 20_000
+LEAST_KILLS = 30
+KILLS = ("kill", "broker")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it; 0 when nothing is wrong, 1 when something is."""
@@ -46,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     done = ", ".join(f"{number} x {what}" for what, number in sorted(outcome.done.items()))
     print(f"done in {outcome.seconds:.0f} s: {done or 'nothing'}")
-    if outcome.verdict.faults(chaos.delivery):
+    kills = sum(outcome.done.get(what, 0) for what in KILLS)
+    too_few = chaos.operations >= LONG and kills < LEAST_KILLS
+    print(f"{kills} kills of workers and nodes{f': at least {LEAST_KILLS} are wanted' if too_few else ''}")
+    if outcome.verdict.faults(chaos.delivery) or too_few:
         print(f"FAILED. To repeat it: {repeat_command(chaos, options.broker)}\nlogs of the workers: {logs}")
         return 1
     if not options.logs:

@@ -2,9 +2,10 @@
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,11 @@ Scenario = Callable[[ApacheKafka, Path], None]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "chaos: faults under load on a real broker; takes a while")
+
+
+def names(scenarios: dict[str, Scenario], long: Iterable[str]) -> list[Any]:
+    """For parametrize: the names of all, those of ``long`` marked so."""
+    return [pytest.param(name, marks=pytest.mark.long) if name in long else name for name in scenarios]
 
 
 class Ensemble:

@@ -20,7 +20,7 @@ from tests.chaos.app import Outer, registry
 from tests.chaos.fleet import Delivery, Fleet, Protocol, Settings
 from tests.chaos.judge import Facts, Verdict, judge
 from tests.chaos.plan import SLOTS, Step, plan
-from tests.chaos.topics import Tail, committed, group_state, partitions_of, read_all, set_session, wait_stable
+from tests.chaos.topics import Observer, Tail, committed, group_state, partitions_of, read_all, set_session, wait_stable
 
 __all__ = ["EMBEDDED_SESSION_S", "Chaos", "Outcome", "repeat_command", "run"]
 
@@ -128,6 +128,7 @@ class _Run:
         self.fleet = Fleet(settings, self.say)
         self.launcher = Launcher(chaos, broker.bootstrap_servers, self.topic)
         self.facts = Facts()
+        self.observer = Observer(broker.bootstrap_servers, self.group, self.topic, events_topic(self.group))
         self.settings = settings
 
     def __enter__(self) -> "_Run":
@@ -165,10 +166,12 @@ class _Run:
             set_session(self.broker.admin, self.group, chaos.session_s)
         for name in SLOTS:
             self.fleet.start(name)
-        with self.tail() as tail:
-            self.make_trouble(list(steps), tail)
-            self.wait_until_done(tail)
-        self.fleet.end()
+        with self.observer:
+            with self.tail() as tail:
+                self.make_trouble(list(steps), tail)
+                self.wait_until_done(tail)
+            self.fleet.end()
+        self.say(f"what was committed was looked at {len(self.observer.seen)} times")
         if self.fleet.took_s:
             self.say(f"all workers have ended, the slowest {max(self.fleet.took_s):.1f} s after SIGTERM")
         verdict = self.judge()
@@ -287,7 +290,8 @@ class _Run:
             topics = {name: partitions_of(self.broker.admin, name) for name in (self.topic, events)}
             held = wait_stable(self.broker.admin, topics, OPEN_S)
         self.facts = read_all(bootstrap, self.topic, events)
-        verdict = judge(self.facts, self.launched(), committed(bootstrap, self.group, self.topic))
+        stored = committed(bootstrap, self.group, self.topic)
+        verdict = judge(self.facts, self.launched(), stored, self.observer.seen)
         verdict.unfinished += [f"a transaction is never ended: {text}" for text in held]
         verdict.processes += self.fleet.faults
         if self.launcher.error is not None:

@@ -9,7 +9,9 @@ What the judge demands of operations of tests/chaos/app.py, read under read_comm
 4. Order. Records of one key in one partition form a lane. For two records of a lane, a before b:
    a was run to its end before b was begun (by the times in their step.done events); and what followed from a (its
    hand-off and what it sent, which go into the same lane here) stands before all that followed from b.
-5. Committed offsets cover every record: no record at or above the committed offset but those that the metadata calls
+5. Nothing is committed before it is settled: of each moment at which somebody looked at what the group had committed,
+   what followed from the records that were finished by that was written by then. And what was finished once stays so.
+6. Committed offsets cover every record: no record at or above the committed offset but those that the metadata calls
    finished, and none that it calls unfinished.
 """
 
@@ -21,11 +23,13 @@ from typing import Any, NamedTuple, Protocol
 
 from kser.worker import offsets
 
-__all__ = ["Committed", "Facts", "Verdict", "judge"]
+__all__ = ["EVENT", "MESSAGE", "Committed", "Facts", "Observed", "Verdict", "judge"]
 
 #: Where the steps of Outer are, as (position, depth): four tasks and an operation with one task in it.
 STEPS = ((0, 1), (1, 1), (2, 1), (3, 1), (3, 2), (4, 1))
 SENDS, INNER, INSIDE = (2, 1), (3, 1), (3, 2)
+#: The two topics.
+MESSAGE, EVENT = "message", "event"
 #: How many of a kind of fault are shown.
 SHOWN = 8
 
@@ -83,6 +87,14 @@ class Committed(NamedTuple):
     partition: int
     offset: int
     metadata: str = ""
+
+
+class Observed(NamedTuple):
+    """What a group had committed at one moment, and where the topics ended after that."""
+
+    positions: Sequence[Committed]
+    #: (MESSAGE or EVENT, partition) -> the offset that the next record gets, open transactions counted.
+    ends: Mapping[tuple[str, int], int]
 
 
 @dataclass(slots=True)
@@ -156,17 +168,21 @@ class Verdict:
     failed: list[str] = field(default_factory=list)
     disordered: list[str] = field(default_factory=list)
     unfinished: list[str] = field(default_factory=list)
+    #: Committed before it was settled, and finished once but not later.
+    early: list[str] = field(default_factory=list)
+    set_back: list[str] = field(default_factory=list)
     #: What the harness saw of processes: a worker that ended by itself, or ignored SIGTERM.
     processes: list[str] = field(default_factory=list)
 
     def faults(self, delivery: str) -> dict[str, list[str]]:
         """The kinds of fault that count for this delivery, with what was found. {} is what is wanted.
 
-        At least once may repeat: what is doubled, and the order of what was repeated, is no fault there.
+        At least once may repeat: what is doubled or to be run again, and the order of what was repeated, is no fault
+        there.
         """
-        kinds = ["lost", "strays", "failed", "unfinished", "processes"]
+        kinds = ["lost", "strays", "failed", "unfinished", "early", "processes"]
         if delivery == "exactly_once":
-            kinds += ["doubled", "disordered"]
+            kinds += ["doubled", "disordered", "set_back"]
         return {kind: found for kind in kinds if (found := getattr(self, kind))}
 
     def told(self, delivery: str) -> str:
@@ -174,7 +190,8 @@ class Verdict:
         head = (
             f"{self.operations} operations: {len(self.lost)} lost, {len(self.doubled)} doubled, "
             f"{len(self.disordered)} out of order, {len(self.strays)} strays, {len(self.failed)} failed, "
-            f"{len(self.unfinished)} unfinished, {len(self.processes)} faults of processes"
+            f"{len(self.unfinished)} unfinished, {len(self.early)} committed before they were settled, "
+            f"{len(self.set_back)} set back, {len(self.processes)} faults of processes"
         )
         lines = [head]
         for kind, found in self.faults(delivery).items():
@@ -188,73 +205,114 @@ class Verdict:
 Role = tuple[str, ...]
 
 
-def judge(facts: Facts, launched: Sequence[str], committed: Iterable[Committed] | None = None) -> Verdict:
+def judge(
+    facts: Facts,
+    launched: Sequence[str],
+    committed: Iterable[Committed] | None = None,
+    observed: Iterable[Observed] = (),
+) -> Verdict:
     """The verdict on these operations.
 
     Args:
         facts: all of the task topic and of the events topic.
         launched: uuids of the operations whose first message the broker has confirmed.
         committed: what the group has committed at the end; None: not looked at.
+        observed: what it had committed meanwhile, from first to last.
     """
     verdict = Verdict(operations=len(launched), strays=list(facts.unreadable))
-    _roles(facts, launched, verdict)
+    index = _Index(facts)
+    _roles(index, launched, verdict)
     _order(facts, verdict)
     _failures(facts, verdict)
     if committed is not None:
         _unfinished(facts, committed, verdict)
+    _early(facts, index, observed, verdict)
     return verdict
 
 
 # -- 1 to 3 ----------------------------------------------------------------------------------------------------------
 
 
-def _roles(facts: Facts, launched: Sequence[str], verdict: Verdict) -> None:
-    filled: dict[Role, list[str]] = defaultdict(list)
-    names: dict[Role, set[str]] = defaultdict(set)
-    of: dict[str, str] = {}
-    plans: dict[str, tuple[str, ...]] = {}
-    inside: dict[str, str] = {}
-    for message in facts.messages:
+class _Place(NamedTuple):
+    """Where a role is filled."""
+
+    kind: str
+    partition: int
+    offset: int
+    #: For people.
+    text: str
+
+
+class _Index:
+    """What fills which role."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.filled: dict[Role, list[_Place]] = defaultdict(list)
+        #: uuids of the messages of a role.
+        self.names: dict[Role, set[str]] = defaultdict(set)
+        #: Operation -> the uuids of its tasks.
+        self.plans: dict[str, tuple[str, ...]] = {}
+        #: Lone message -> the task that sent it; task of the operation inside -> the root operation.
+        self._of: dict[str, str] = {}
+        self._inside: dict[str, str] = {}
+        for message in facts.messages:
+            self._message(message)
+        for event in facts.events:
+            self._event(event)
+
+    def _message(self, message: Message) -> None:
         role: Role
         if message.operation is None:
-            of[message.uuid] = message.of or message.uuid
-            role = ("lone message", of[message.uuid])
+            self._of[message.uuid] = message.of or message.uuid
+            role = ("lone message", self._of[message.uuid])
         else:
-            role = ("message", message.operation, *map(str, message.step))
+            role = _message_role(message.operation, message.step)
             if message.plan:
-                plans.setdefault(message.operation, message.plan)
+                self.plans.setdefault(message.operation, message.plan)
             if message.step == INSIDE:
-                inside.setdefault(message.uuid, message.operation)
-        filled[role].append(f"message {message.uuid} at {message.place}")
-        names[role].add(message.uuid)
-    for event in facts.events:
-        role = (event.type, event.uuid)
+                self._inside.setdefault(message.uuid, message.operation)
+        text = f"message {message.uuid} at {message.place}"
+        self.filled[role].append(_Place(MESSAGE, message.partition, message.offset, text))
+        self.names[role].add(message.uuid)
+
+    def _event(self, event: Told) -> None:
+        role: Role = (event.type, event.uuid)
         if event.operation is None:
-            role = (event.type, "of", of.get(event.uuid, event.uuid))
-        elif event.uuid in inside:
-            role = (event.type, "in", inside[event.uuid])
-        filled[role].append(f"event {event.type} at {event.partition}/{event.offset} by {event.worker}")
+            role = (event.type, "of", self._of.get(event.uuid, event.uuid))
+        elif event.uuid in self._inside:
+            role = (event.type, "in", self._inside[event.uuid])
+        text = f"event {event.type} at {event.partition}/{event.offset} by {event.worker}"
+        self.filled[role].append(_Place(EVENT, event.partition, event.offset, text))
+
+
+def _message_role(operation: str, step: tuple[int, int]) -> Role:
+    return ("message", operation, *map(str, step))
+
+
+def _roles(index: _Index, launched: Sequence[str], verdict: Verdict) -> None:
     due: set[Role] = set()
     for operation in launched:
-        plan = plans.get(operation)
+        plan = index.plans.get(operation)
         if plan is None:
             verdict.lost.append(f"operation {operation}: its first message is not in the topic")
             continue
         due.update(_due(operation, plan))
         for step, uuid in zip([step for step in STEPS if step != INSIDE], plan, strict=True):
-            found = names.get(("message", operation, *map(str, step)), set())
+            found = index.names.get(_message_role(operation, step), set())
             verdict.strays += [f"operation {operation} step {step}: message {other}" for other in found - {uuid}]
-    verdict.lost += [" ".join(role) for role in sorted(due - filled.keys())]
-    for role, places in filled.items():
+    verdict.lost += [" ".join(role) for role in sorted(due - index.filled.keys())]
+    for role, places in index.filled.items():
         if role not in due:
-            verdict.strays += [f"{' '.join(role)}: {place}" for place in places]
+            verdict.strays += [f"{' '.join(role)}: {place.text}" for place in places]
         elif len(places) > 1:
-            verdict.doubled.append(f"{' '.join(role)}: {len(places)} times: {'; '.join(places)}")
+            verdict.doubled.append(
+                f"{' '.join(role)}: {len(places)} times: {'; '.join(place.text for place in places)}"
+            )
 
 
 def _due(operation: str, plan: tuple[str, ...]) -> Iterable[Role]:
     for step in STEPS:
-        yield ("message", operation, *map(str, step))
+        yield _message_role(operation, step)
     first, later, sends, inner, last = plan
     yield "lone message", sends
     yield "step.done", "of", sends
@@ -339,6 +397,76 @@ def _lane_followed(
 
 
 # -- 5 ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A partition of the task topic, as the moments pass."""
+
+    #: Its records, from the last to the first, of which none was below a committed end yet.
+    ahead: list[Message] = field(default_factory=list)
+    #: Those that were, and were unfinished.
+    unfinished: dict[int, Message] = field(default_factory=dict)
+    finished: set[int] = field(default_factory=set)
+    highest: int = -1
+
+    def finish(self, end: int, listed: Iterable[int]) -> list[Message]:
+        """Those that are finished now and were not before."""
+        while self.ahead and self.ahead[-1].offset < end:
+            message = self.ahead.pop()
+            self.unfinished[message.offset] = message
+        unsettled = set(listed)
+        news = [offset for offset in self.unfinished if offset < end and offset not in unsettled]
+        self.finished.update(news)
+        self.highest = max(self.highest, *news, -1)
+        return [self.unfinished.pop(offset) for offset in news]
+
+    def lost(self, end: int, listed: Iterable[int]) -> list[int]:
+        """Those that are finished no more."""
+        return sorted({*self.finished.intersection(listed), *([self.highest] if self.highest >= end else [])})
+
+
+def _early(facts: Facts, index: _Index, observed: Iterable[Observed], verdict: Verdict) -> None:
+    partitions: dict[int, _Watched] = defaultdict(_Watched)
+    for message in sorted(facts.messages, key=lambda m: m.offset, reverse=True):
+        partitions[message.partition].ahead.append(message)
+    for moment in observed:
+        for position in moment.positions:
+            _, end, listed, *_ = offsets.decode(position.offset, position.metadata)
+            partition = partitions[position.partition]
+            verdict.set_back += [
+                f"{position.partition}/{offset} was finished, is not by {position.offset} with {position.metadata!r}"
+                for offset in partition.lost(end, listed)
+            ]
+            for message in partition.finish(end, listed):
+                missing = [" ".join(role) for role in _follows(message) if not _is_there(index, role, moment)]
+                if missing:
+                    verdict.early.append(
+                        f"{message.place} was committed before it was settled: {', '.join(missing)} did not exist when "
+                        f"{position.offset} with {position.metadata!r} was committed"
+                    )
+
+
+def _follows(message: Message) -> list[Role]:
+    """What a record is handed off with."""
+    if message.operation is None:
+        return [("step.done", "of", message.of or message.uuid)]
+    if message.step not in STEPS:
+        return []
+    kind = "operation.started" if message.step == INNER else "step.done"
+    roles: list[Role] = [(kind, "in", message.operation) if message.step == INSIDE else (kind, message.uuid)]
+    if message.step == SENDS:
+        roles.append(("lone message", message.uuid))
+    if message.step == STEPS[-1]:
+        return [*roles, ("operation.ended", message.operation)]
+    return [*roles, _message_role(message.operation, STEPS[STEPS.index(message.step) + 1])]
+
+
+def _is_there(index: _Index, role: Role, moment: Observed) -> bool:
+    return any(place.offset < moment.ends[place.kind, place.partition] for place in index.filled.get(role, ()))
+
+
+# -- 6 ---------------------------------------------------------------------------------------------------------------
 
 
 def _unfinished(facts: Facts, committed: Iterable[Committed], verdict: Verdict) -> None:

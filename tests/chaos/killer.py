@@ -15,7 +15,7 @@ from kser.cli import logs
 from kser.confluent.transport import ConfluentTransport
 from tests.chaos.app import registry
 
-__all__ = ["AT_LEAST_ONCE", "EXACTLY_ONCE", "POINTS", "Options"]
+__all__ = ["AT_LEAST_ONCE", "EXACTLY_ONCE", "NOTING", "POINTS", "Options"]
 
 #: Point -> what is called then: (method, "before" it or "after" it).
 EXACTLY_ONCE = {
@@ -33,9 +33,14 @@ AT_LEAST_ONCE = {
     "after storing offsets": (("commit", "commit_later"), "after"),
 }
 ON_ASSIGN = {"after reading committed": (("committed",), "after")}
-POINTS = EXACTLY_ONCE | AT_LEAST_ONCE | ON_ASSIGN
+#: Exactly once the only commit of a Source while partitions stay: that they are being worked on.
+NOTING = {
+    "before noting that work begins": (("commit",), "before"),
+    "after noting that work begins": (("commit",), "after"),
+}
+POINTS = EXACTLY_ONCE | AT_LEAST_ONCE | ON_ASSIGN | NOTING
 #: Points of the Source; the others are of the Sink.
-OF_SOURCE = {"before storing offsets", "after storing offsets", "after reading committed"}
+OF_SOURCE = {"before storing offsets", "after storing offsets", *ON_ASSIGN, *NOTING}
 
 
 class Options(NamedTuple):

@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 import uuid
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,7 +20,7 @@ from tests.chaos.fleet import Fleet, Settings
 from tests.chaos.harness import OPEN_S, make_operation
 from tests.chaos.judge import Facts, Verdict, judge
 from tests.chaos.killer import Options
-from tests.chaos.topics import Tail, committed, partitions_of, read_all, set_session, wait_stable
+from tests.chaos.topics import Observer, Tail, committed, partitions_of, read_all, set_session, wait_stable
 from tests.processes import ROOT, wait_for
 
 __all__ = ["Stage", "StageSettings"]
@@ -40,6 +41,8 @@ class StageSettings(Settings):
     point: str | None = None
     after: int = 0
     settle_limit_s: float = 20
+    #: librdkafka properties beside those that every worker has.
+    client: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, slot: str) -> list[str]:
         """The worker, with the fault it is to have."""
@@ -48,7 +51,7 @@ class StageSettings(Settings):
             topic=self.topic,
             group=self.group,
             delivery=self.delivery,
-            properties=self.properties,
+            properties={**self.properties, **self.client},
             name=slot if self.named else None,
             drain_s=self.drain_s,
             settle_limit_s=self.settle_limit_s,
@@ -70,6 +73,7 @@ class Stage:
         protocol: of its group.
         named: it is a static member.
         via: addresses that the worker gets; default those of ``kafka``.
+        client: librdkafka properties of the worker.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Stage:
         protocol: str = "classic",
         named: bool = True,
         via: str | None = None,
+        client: Mapping[str, str] | None = None,
     ) -> None:
         self.kafka = kafka
         self.topic = self.group = f"stage-{uuid.uuid4().hex[:8]}"
@@ -95,6 +100,7 @@ class Stage:
             session_s=SESSION_S,
             named=named,
             logs=logs,
+            client=client or {},
         )
         self.launched: list[str] = []
         self.fleet = Fleet(self.settings, lambda line: None)
@@ -105,14 +111,17 @@ class Stage:
             set_session(kafka.admin, self.group, SESSION_S)
         self.facts = Facts()
         self.tail = Tail(kafka.bootstrap_servers, self.topic, events_topic(self.group), self.facts)
+        self.observer = Observer(kafka.bootstrap_servers, self.group, self.topic, events_topic(self.group))
 
     def __enter__(self) -> Self:
+        self.observer.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.fleet.close()
+        self.observer.stop()
         self.tail.close()
 
     def launch(self, operations: int = OPERATIONS, seed: int = 1) -> None:
@@ -171,11 +180,13 @@ class Stage:
     def verdict(self) -> Verdict:
         """End the worker by SIGTERM and judge what is in the topics."""
         self.fleet.end()
+        self.observer.stop()
         bootstrap, events = self.kafka.bootstrap_servers, events_topic(self.group)
         topics = {name: partitions_of(self.kafka.admin, name) for name in (self.topic, events)}
         held = wait_stable(self.kafka.admin, topics, OPEN_S)
         facts = read_all(bootstrap, self.topic, events)
-        verdict = judge(facts, self.launched, committed(bootstrap, self.group, self.topic))
+        stored = committed(bootstrap, self.group, self.topic)
+        verdict = judge(facts, self.launched, stored, self.observer.seen)
         verdict.unfinished += [f"a transaction is never ended: {text}" for text in held]
         verdict.processes += self.fleet.faults
         return verdict

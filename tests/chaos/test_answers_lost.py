@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 
 from tests.apache_kafka import ApacheKafka
+from tests.chaos.conftest import names
 from tests.chaos.stage import Stage
 from tests.kafka_proxy import KafkaProxy, wait_hit
 
@@ -15,6 +16,8 @@ pytestmark = [pytest.mark.apache, pytest.mark.chaos]
 FIRST = 5
 #: The settle thread is given up after this time, in seconds, where that is what is tested.
 SETTLE_LIMIT_S = 4
+#: How long the client waits for an answer where that is to be short: longer than the worker waits for its note.
+REQUEST_MS = "7000"
 
 
 def lost(kafka, logs, *, api, what, first=FIRST, cut=False, delivery="exactly_once", protocol="classic", settles=20.0):
@@ -29,6 +32,23 @@ def lost(kafka, logs, *, api, what, first=FIRST, cut=False, delivery="exactly_on
         stage.start(settle_limit_s=settles)
         wait_hit(rule)
         stage.launch(seed=2)  # they come while it does not know
+        stage.wait_done()
+        stage.check()
+        assert rule.hits == 1
+
+
+def note_lost(kafka, logs, *, what, cut=False):
+    """That partitions are being worked on is committed first, beside the transactions, and would set them back."""
+    with (
+        KafkaProxy(kafka.bootstrap_servers) as proxy,
+        Stage(kafka, logs, via=proxy.bootstrap_servers, client={"socket.timeout.ms": REQUEST_MS}) as stage,
+    ):
+        lose = proxy.lose_answer if what == "answer" else proxy.lose_request
+        rule = lose("OffsetCommit", cut=cut)
+        stage.launch()
+        stage.start()
+        wait_hit(rule)
+        stage.launch(seed=2)
         stage.wait_done()
         stage.check()
         assert rule.hits == 1
@@ -104,6 +124,9 @@ SCENARIOS = {
     "at least once, offsets stored, connection cut": partial(
         lost, api="OffsetCommit", what="answer", first=1, cut=True, delivery="at_least_once"
     ),
+    "work noted, no answer": partial(note_lost, what="answer"),
+    "work never noted": partial(note_lost, what="request"),
+    "work noted, connection cut": partial(note_lost, what="answer", cut=True),
     "records stored, connection cut": partial(lost, api="Produce", what="answer", cut=True),
     "at least once, records stored, connection cut": partial(
         lost, api="Produce", what="answer", cut=True, delivery="at_least_once"
@@ -113,7 +136,11 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+#: They wait for the client to give a request up.
+LONG = ("work noted, no answer", "work never noted")
+
+
+@pytest.mark.parametrize("scenario", names(SCENARIOS, LONG))
 def test_a_worker_goes_on_by_itself(ensemble, scenario):
     ensemble.result(scenario)
 

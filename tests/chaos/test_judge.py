@@ -1,5 +1,6 @@
 """The judge is judged: a clean run of the app passes, and each fault put into its records is found and named."""
 
+import contextlib
 import json
 import random
 import uuid
@@ -10,9 +11,10 @@ from kser.producer import BaseProducer
 from kser.transport import Record
 from kser.worker.offsets import encode
 from kser.worker.runner import Runner
+from tests.chaos import __main__ as command
 from tests.chaos.app import registry
-from tests.chaos.harness import make_operation
-from tests.chaos.judge import STEPS, Committed, Facts, judge
+from tests.chaos.harness import Outcome, make_operation
+from tests.chaos.judge import EVENT, MESSAGE, STEPS, Committed, Facts, Observed, Verdict, judge
 from tests.chaos.plan import ROUND, SLOTS, plan
 from tests.chaos.topics import Seen
 
@@ -38,6 +40,7 @@ class Run:
             registry.producer, registry.topic = None, None
         self.launched = [operation.uuid for operation in operations]
         self.committed = [Committed(0, self.end)]
+        self.observed = []
 
     def produce(self, record, on_delivery=None):
         """Of a Sink: write a record. All of a topic is in one partition."""
@@ -56,7 +59,12 @@ class Run:
             facts.message(record)
         for record in self.events:
             facts.event(record)
-        return judge(facts, self.launched, self.committed)
+        return judge(facts, self.launched, self.committed, self.observed)
+
+    def lone(self, operation):
+        """The index of the message that a task of one of the operations sent by itself."""
+        sends = json.loads(self.messages[self.message(operation, (2, 1))].value)["uuid"]
+        return next(n for n, r in enumerate(self.messages) if json.loads(r.value)["params"].get("of") == sends)
 
     def message(self, operation, step):
         """The index of the message of a step of one of the operations."""
@@ -232,6 +240,58 @@ def test_committed_offsets_cover_every_record(run, committed, fault):
     assert fault is None or fault in found[0]
 
 
+def all_of(run):
+    """The ends of the topics when all was over."""
+    return {(MESSAGE, 0): run.end, (EVENT, 0): len(run.events)}
+
+
+def test_what_was_committed_after_it_was_settled_is_well(run):
+    run.observed = [
+        Observed([Committed(0, n, encode("x.1.1", n, n, []))], all_of(run)) for n in (0, 1, 5, run.end, run.end)
+    ]
+    assert run.verdict().faults("exactly_once") == {}
+
+
+@pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
+@pytest.mark.parametrize("step", [*STEPS, "lone"])
+def test_what_was_committed_before_it_was_settled_is_found(run, delivery, step):
+    """By the time its offset was read, its event, or what followed from it, was not written."""
+    at = run.message(1, step) if step != "lone" else run.lone(1)
+    follows = run.event(uuid=json.loads(run.messages[at].value)["uuid"])
+    ends = all_of(run) | {(EVENT, 0): follows}
+    run.observed = [Observed([Committed(0, at, encode("x.1.1", at, at, []))], all_of(run))]
+    assert run.verdict().faults(delivery) == {}
+    run.observed.append(Observed([Committed(0, at + 1, encode("x.1.2", at + 1, at + 1, []))], ends))
+    (text,) = run.verdict().faults(delivery)["early"]
+    assert text.startswith(f"0/{at} was committed before it was settled: ")
+
+
+def test_a_hand_off_without_the_next_message_is_found_too(run):
+    following = run.message(1, (1, 1))
+    at = run.message(1, (0, 1))
+    ends = all_of(run) | {(MESSAGE, 0): following}
+    run.observed = [Observed([Committed(0, 0, encode("x.1.1", 0, at + 1, list(range(at))))], ends)]
+    (text,) = run.verdict().faults("at_least_once")["early"]
+    assert f"message {run.launched[1]} 1 1 did not exist" in text
+
+
+def test_what_the_metadata_calls_unfinished_was_not_committed(run):
+    at = run.message(1, (0, 1))
+    ends = all_of(run) | {(EVENT, 0): 0, (MESSAGE, 0): 0}
+    run.observed = [Observed([Committed(0, 0, encode("x.1.1", 0, at + 1, list(range(at + 1))))], ends)]
+    assert run.verdict().faults("exactly_once") == {}
+
+
+@pytest.mark.parametrize("later", [(3, 3, []), (2, 6, [2, 4]), (0, 0, [])])
+def test_offsets_that_were_set_back_are_a_fault_exactly_once(run, later):
+    base, end, unfinished = later
+    run.observed = [Observed([Committed(0, 5, encode("x.1.1", 5, 5, []))], all_of(run))]
+    assert run.verdict().faults("exactly_once") == {}
+    run.observed.append(Observed([Committed(0, base, encode("x.1.2", base, end, unfinished))], all_of(run)))
+    assert "was finished, is not by" in run.verdict().faults("exactly_once")["set_back"][0]
+    assert "set_back" not in run.verdict().faults("at_least_once")
+
+
 def test_a_long_list_of_faults_is_cut_and_counted(run):
     run.messages.clear()
     told = run.verdict().told("at_least_once")
@@ -256,3 +316,22 @@ def test_a_round_of_the_plan_has_every_kind_of_fault(nodes):
         assert all(step.for_s > 3 for step in steps if step.what == "pause")
         assert {step.target for step in steps} <= {*SLOTS, "extra", "1", "2", "3"}
         assert all(0 < step.at_s <= 60 for step in steps)
+
+
+@pytest.mark.parametrize(
+    ("operations", "done", "code"),
+    [
+        (20_000, {"kill": 20, "broker": 10, "pause": 4}, 0),
+        (20_000, {"kill": 20, "broker": 9, "pause": 40}, 1),
+        (500, {"kill": 1}, 0),
+    ],
+)
+def test_the_long_form_fails_when_it_killed_too_little(monkeypatch, tmp_path, capsys, operations, done, code):
+    monkeypatch.setattr(command, "run", lambda chaos, *_, **__: Outcome(Verdict(), done, 1.0, 0.0))
+    monkeypatch.setattr(command, "broker", lambda kind: contextlib.nullcontext())
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    assert command.main(["--operations", str(operations), "--logs", str(tmp_path)]) == code
+    said = capsys.readouterr().out
+    kills = done["kill"] + done.get("broker", 0)
+    assert f"{kills} kills of workers and nodes" in said
+    assert ("at least 30 are wanted" in said) is bool(code)

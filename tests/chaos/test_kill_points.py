@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 
-from tests.chaos.killer import AT_LEAST_ONCE, EXACTLY_ONCE
+from tests.chaos.conftest import names
+from tests.chaos.killer import AT_LEAST_ONCE, EXACTLY_ONCE, NOTING
 from tests.chaos.stage import Stage
 from tests.kafka_proxy import KafkaProxy
 
@@ -25,14 +26,14 @@ def at(point, kafka, logs, *, delivery="exactly_once", protocol="classic", named
         stage.check()
 
 
-def on_assign(kafka, logs, *, delivery):
-    """The second life is killed when it has read what the first, killed as well, had committed."""
+def on_assign(kafka, logs, *, delivery, point="after reading committed"):
+    """The second life is killed when it takes over what the first, killed as well, had committed."""
     first = "after commit" if delivery == "exactly_once" else "after storing offsets"
     with Stage(kafka, logs, delivery=delivery) as stage:
         stage.launch()
         stage.start(first, AFTER)
         stage.wait_killed()
-        stage.start("after reading committed")
+        stage.start(point)
         stage.wait_killed()
         stage.start()
         stage.wait_done()
@@ -78,12 +79,17 @@ SCENARIOS = {
     },
     "exactly once, on assign": partial(on_assign, delivery="exactly_once"),
     "at least once, on assign": partial(on_assign, delivery="at_least_once"),
+    **{f"exactly once, {point}": partial(on_assign, delivery="exactly_once", point=point) for point in NOTING},
     "exactly once, one after the other": at_each_in_turn,
     "the commit is done and its answer never comes": partial(commit_is_out, heard=True),
     "the commit is out and never arrives": partial(commit_is_out, heard=False),
 }
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+#: Three lives each, and near to the ones on assign.
+LONG = tuple(f"exactly once, {point}" for point in NOTING)
+
+
+@pytest.mark.parametrize("scenario", names(SCENARIOS, LONG))
 def test_nothing_is_lost_or_doubled_when_the_worker_is_killed(ensemble, scenario):
     ensemble.result(scenario)

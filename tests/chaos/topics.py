@@ -1,10 +1,11 @@
 """The judge's own view of the topics: what is committed, read with confluent-kafka and none of the code under test."""
 
 import contextlib
+import threading
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import (
@@ -16,11 +17,14 @@ from confluent_kafka.admin import (
     ResourceType,
 )
 
-from tests.chaos.judge import Committed, Facts
+from tests.chaos.judge import EVENT, MESSAGE, Committed, Facts, Observed
 
-__all__ = ["Tail", "committed", "group_state", "partitions_of", "read_all", "set_session", "wait_stable"]
+__all__ = ["Observer", "Tail", "committed", "group_state", "partitions_of", "read_all", "set_session", "wait_stable"]
 
 ANSWER_S = 10.0
+#: An Observer looks so often, and waits so long for an answer, in seconds.
+OBSERVE_S = 0.1
+LOOK_S = 2.0
 
 
 class Seen(NamedTuple):
@@ -74,6 +78,66 @@ class Tail:
     def close(self) -> None:
         """Let go of the brokers."""
         self._consumer.close()
+
+
+class Observer:
+    """Notes again and again what a group has committed, and where the topics end then, in a thread of its own.
+
+    The ends are asked for after the offsets, and are those under read_uncommitted: a transaction is ended partition by
+    partition, so its offsets may be there a little earlier than one can read what was written with them.
+    """
+
+    def __init__(self, bootstrap: str, group: str, topic: str, events: str) -> None:
+        #: From first to last, without those in which nothing had changed.
+        self.seen: list[Observed] = []
+        self._bootstrap = bootstrap
+        self._group = group
+        self._kinds = {topic: MESSAGE, events: EVENT}
+        self._topic = topic
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="chaos-observer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Note no more. A second call does nothing."""
+        self._stop.set()
+        self._thread.join(120)
+
+    def _work(self) -> None:
+        settings = {"group.id": self._group, "isolation.level": "read_uncommitted"}
+        consumer = Consumer(_reader(self._bootstrap) | settings)
+        try:
+            partitions: list[TopicPartition] = []
+            while not self._stop.wait(OBSERVE_S):
+                with contextlib.suppress(KafkaException):  # a broker was killed; at another moment, then
+                    partitions = partitions or self._partitions(consumer)
+                    self._note(consumer, partitions)
+        finally:
+            consumer.close()
+
+    def _partitions(self, consumer: Consumer) -> list[TopicPartition]:
+        """Of both topics; [] as long as one of them is not there."""
+        counts = {name: len(consumer.list_topics(name, timeout=LOOK_S).topics[name].partitions) for name in self._kinds}
+        if not all(counts.values()):
+            return []
+        return [TopicPartition(name, number) for name, count in counts.items() for number in range(count)]
+
+    def _note(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        found = consumer.committed([p for p in partitions if p.topic == self._topic], timeout=LOOK_S)
+        positions = [Committed(p.partition, p.offset, p.metadata or "") for p in found if not p.error and p.offset >= 0]
+        if not positions or (self.seen and self.seen[-1].positions == positions):
+            return
+        ends = {
+            (self._kinds[p.topic], p.partition): int(consumer.get_watermark_offsets(p, timeout=LOOK_S)[1])
+            for p in partitions
+        }
+        self.seen.append(Observed(positions, ends))
 
 
 def read_all(bootstrap: str, topic: str, events: str, within_s: float = 120) -> Facts:

@@ -976,8 +976,9 @@ def test_the_first_begin_of_a_sink_fences_the_one_before_it(bench: Bench):
     heir.begin()
     bench.write(heir, b"whole")
     heir.commit()
-    with pytest.raises(FencedError):
+    with pytest.raises(FencedError) as caught:
         zombie.commit()
+    assert "expired" not in caught.value.extra
     with pytest.raises(FencedError):
         zombie.begin()
     assert values(take(bench.reader, 1)) == [b"whole"]
@@ -1148,8 +1149,9 @@ def test_a_transaction_that_takes_too_long_is_aborted_and_its_producer_fenced(be
     assert sink.flush(20) == 0
     bench.broker.send(bench.output, b"behind", partition=0)
     assert values(take(bench.reader, 1, seconds=30)) == [b"behind"]
-    with pytest.raises(FencedError):
+    with pytest.raises(FencedError) as caught:
         sink.commit()
+    assert caught.value.extra["expired"]  # so that nobody takes it for a twin
     renewed = bench.broker.sink(bench.id)
     renewed.begin()
     bench.write(renewed, b"again")

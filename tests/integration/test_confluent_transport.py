@@ -209,6 +209,7 @@ def test_a_commit_without_an_answer_ends_in_time_and_the_source_goes_on_afterwar
             source.commit([Position("t", 0, 1)], 0.5)
         assert caught.value.retriable
         assert time.monotonic() - started < 2
+        assert source.commit_overdue
     with pytest.raises(TransportError) as caught:
         source.committed([Partition("t", 0)], 0.5)
     assert caught.value.retriable
@@ -228,6 +229,7 @@ def test_a_commit_without_an_answer_ends_in_time_and_the_source_goes_on_afterwar
         return True
 
     eventually(committed, 30, "committed again")
+    assert not source.commit_overdue
     source.close()
     assert take(subscribed(opened, transport, "g", "t"), 1) == [b"2"]
 

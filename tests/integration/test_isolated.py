@@ -582,7 +582,7 @@ def test_kser_worker_logs_what_children_say_and_leaves_none_when_it_is_killed(em
             sent = producer.send(topic, Message(str(uuid.uuid4()), name, params), timeout=30)
             assert sent.retcode == 0, sent.stderr
     with worker(
-        embedded.bootstrap_servers, topic, group, log, "w", str(Path(isolated.__file__)) + ":registry"
+        embedded.bootstrap_servers, topic, group, log, "w", app=str(Path(isolated.__file__)) + ":registry"
     ) as running:
         pids = told(tmp_path / "tell")
         said = r"(?m)^\d{4}-\d\d-\d\d [\d:,]+ "

@@ -7,14 +7,17 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections import Counter
 
 import pytest
 from click.testing import CliRunner
 
+from kser import Message
 from kser.cli import worker as command
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
+from kser.confluent.producer import Producer
 from kser.errors import FencedError
 from kser.transport.memory import MemoryTransport
 from kser.worker.slots import take_slot
@@ -224,7 +227,7 @@ def place(embedded, make_topic, topic_name, tmp_path, monkeypatch):
         tell = tmp_path / "tell"
 
         def __init__(self):
-            self.group = group
+            self.topic, self.group, self.servers = topic, group, embedded.bootstrap_servers
 
         def send(self, **params):
             text = json.dumps({**params, "tell": str(self.tell)})
@@ -252,14 +255,14 @@ def place(embedded, make_topic, topic_name, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def start(place):
-    """``start("--name", "x")`` is a ``kser worker`` process, a leader of its own group; its output is in the log."""
+def start_python(place):
+    """``start_python("app.py")`` is a Python process, a leader of its own group; its output is in the log."""
     running = []
 
-    def go(*more, **options):
+    def go(*arguments, **options):
         with place.log.open("ab") as out:
             child = subprocess.Popen(
-                [sys.executable, "-m", "kser", "worker", DICE, *place.options, *map(str, more)],
+                [sys.executable, *map(str, arguments)],
                 cwd=ROOT,
                 env=environment(),
                 stdin=options.pop("stdin", subprocess.DEVNULL),
@@ -277,6 +280,16 @@ def start(place):
         if child.stdin is not None:
             child.stdin.close()
     wait_for(lambda: all(has_ended(pid) for pid in place.pids()), 15, "the end of the children")
+
+
+@pytest.fixture
+def start(place, start_python):
+    """``start("--name", "x")`` is a ``kser worker`` process."""
+
+    def go(*more, **options):
+        return start_python("-m", "kser", "worker", DICE, *place.options, *more, **options)
+
+    return go
 
 
 def free_ports():
@@ -309,6 +322,55 @@ def test_processes_share_the_group_and_drain_though_a_signal_reaches_all_of_them
         assert re.search(rf"^\S+ \S+ INFO     {pid} Worker\.Starting\.\.\. ", place.said(), re.M), place.said()
     assert re.search(r"^\S+ \S+ INFO     Process 0 started: ", place.said(), re.M)
     assert all(has_ended(pid) for pid in place.pids())
+
+
+PROGRAM = """
+import logging, os, sys
+from kser import OperationRegistry, Task, Worker
+
+logging.basicConfig(level="INFO", format="%(process)d %(message)s")
+registry = OperationRegistry()
+
+class Note(Task):
+    def run(self):
+        with open(self.params["tell"], "a") as file:
+            file.write(f"{type(self).__name__} {os.getpid()} {os.getppid()}\\n")
+
+@registry.subscribe
+class Here(Note): pass
+
+@registry.subscribe(isolate=True)
+class Apart(Note): pass
+
+_, topic, group, servers, port = sys.argv
+config = {"bootstrap.servers": servers}
+Worker(registry, topics=[topic], group=group, config=config, processes=2, name="w", health_port=int(port)).run()
+print("over")
+"""
+
+
+def test_a_worker_in_python_has_processes_as_well(place, start_python, tmp_path):
+    """The program has no `if __name__ == "__main__":`, so its processes come to run() as well."""
+    port = free_ports()
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    parent = start_python(program, place.topic, place.group, place.servers, port)
+    for number in (0, 1):
+        share = place.until(lambda n=number: (said := ready(port + n)) and said["partitions"] and said, "to be ready")
+        assert share["worker"] == f"w-{number}"
+    told = tmp_path / "told"
+    with Producer({"bootstrap.servers": place.servers}) as producer:
+        for name in ("Here", "Apart") * 3:
+            message = Message(uuid=str(uuid.uuid4()), entrypoint=f"__main__.{name}", params={"tell": str(told)})
+            assert producer.send(place.topic, message).retcode == 0
+    place.until(lambda: told.exists() and len(told.read_text().splitlines()) == 6, "the tasks")
+    ran = [line.split() for line in told.read_text().splitlines()]
+    assert {int(pid) for name, pid, _ in ran if name == "Here"} <= set(place.pids())
+    assert {int(parent_pid) for name, _, parent_pid in ran if name == "Apart"} <= set(place.pids())
+    parent.terminate()
+    assert parent.wait(30) == 0, place.said()
+    assert place.said().splitlines()[-1] == "over"
+    assert place.said().count("over") == 1
 
 
 def test_a_killed_process_is_started_again_and_none_outlives_the_parent(place, start):
@@ -371,7 +433,7 @@ def test_a_worker_that_hangs_at_its_end_with_pythons_lock_is_ended(tmp_path):
     """As inside the Kafka client once: no thread of Python runs any more."""
     program = tmp_path / "hangs.py"
     program.write_text(
-        "import ctypes\nfrom kser.cli import worker\nworker._end_within(0.5)\nctypes.PyDLL(None).sleep(60)\n"
+        "import ctypes\nfrom kser.worker.shutdown import end_within\nend_within(0.5)\nctypes.PyDLL(None).sleep(60)\n"
     )
     ended = subprocess.run(
         [sys.executable, str(program)], env=environment(), capture_output=True, text=True, timeout=30, check=False

@@ -1,6 +1,7 @@
 """The engine of the worker on the memory transport: what runs beside what, deadlines, settling when it goes wrong."""
 
 import asyncio
+import inspect
 import threading
 import time
 from collections import deque
@@ -11,13 +12,15 @@ from kser import Operation, OperationRegistry, Result, Task, Worker
 from kser.errors import ConfigurationError, DeliveryError, FencedError, GroupError, OffsetLostError, TransportError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
-from kser.transport import OutRecord, Partition, Record, TopicSpec
+from kser.transport import OutRecord, Partition, Position, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
-from kser.worker import loop
+from kser.worker import loop, members, processes
+from kser.worker import worker as worker_module
 from kser.worker.dispatch import Item
+from kser.worker.members import raise_for
 from kser.worker.offsets import PartitionState, decode
 from kser.worker.runner import Outcome
-from kser.worker.settle import _rounds
+from kser.worker.settle import Batch, _rounds
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
 
 
@@ -463,11 +466,63 @@ def test_exactly_once_is_refused_on_the_embedded_broker(registry):
         ({"on_lost_offset": "guess"}, "give one of 'stop', 'earliest', 'latest'"),
         ({"name": "a;b"}, "without a semicolon"),
         ({"settle_limit_s": 0}, "settle_limit_s=0"),
+        ({"processes": 0}, "processes=0: give a number not below 1"),
+        ({"processes": 2}, "transport with processes=2: an object cannot be given to another process; give config"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_with_what_to_give(registry, transport, options, said):
     with pytest.raises(ConfigurationError, match=said):
         Worker(registry, topics=[TOPIC], transport=transport, **options)
+
+
+def several(registry, **options):
+    return Worker(registry, topics=[TOPIC], config={"bootstrap.servers": "127.0.0.1:1"}, processes=2, **options)
+
+
+def test_what_other_processes_cannot_be_told_is_refused(registry):
+    callback = {"bootstrap.servers": "127.0.0.1:1", "stats_cb": print}
+    with pytest.raises(ConfigurationError, match=r"config\['stats_cb'\] with processes=2: a builtin_function"):
+        Worker(registry, topics=[TOPIC], config=callback, processes=2)
+    with pytest.raises(ConfigurationError, match="until_idle with processes=2: give processes=1"):
+        several(registry).run(until_idle=True)
+    with pytest.raises(ConfigurationError, match="and it is to run in several processes: assign it to a name"):
+        several(registry).run()
+    with pytest.raises(ConfigurationError, match="Health port 65535 with 2 processes: process 1 would have port 65536"):
+        several(registry, location="shop:registry", health_port=65535).run()
+
+
+def test_several_processes_that_are_stopped_before_they_run_do_not_start(registry, caplog):
+    worker = several(registry, location="shop:registry")
+    worker.stop()
+    worker.run()
+    assert worker.stopping == 1
+    assert "started" not in caplog.text
+
+
+def test_a_process_is_killed_only_after_the_time_in_which_it_ends_itself(registry, monkeypatch):
+    """Its own timer counts Worker.end_s from its drain on, and that covers all that may come together at its end."""
+    given = []
+    monkeypatch.setattr(members.Processes, "run", lambda self: given.append(self._end_s) or 0)
+    worker = several(registry, location="shop:registry", drain_s=7, settle_limit_s=11)
+    worker.run()
+    assert given == [worker.end_s]
+    assert worker.end_s > 7 + 2 * 11 + 50
+    assert processes._MARGIN_S > 0
+
+
+@pytest.mark.parametrize(
+    ("code", "raised"), [(1, TransportError), (2, ConfigurationError), (3, FencedError), (9, TransportError)]
+)
+def test_what_ended_one_of_several_processes_is_raised(code, raised):
+    with pytest.raises(raised, match=f"exit code {code}"):
+        raise_for(code)
+    assert raise_for(0) is raise_for(4) is None
+
+
+def test_each_of_several_processes_is_told_all_settings_of_the_worker():
+    """A new argument of Worker must not be forgotten there."""
+    own = {"registry", "config", "transport", "name", "location", "health_port", "processes", "relay"}
+    assert set(inspect.signature(Worker.__init__).parameters) - {"self"} == own | set(worker_module._SETTINGS)
 
 
 def test_the_metadata_names_the_batch_that_was_settled(registry, transport, start):
@@ -584,6 +639,128 @@ def test_one_fence_renews_the_producer_and_is_no_twin(registry, transport, start
     wait_for(lambda: view(transport, second.uuid).ended)
     assert one.thread.is_alive()
     wait_for(lambda: committed(transport) == 6)
+
+
+@pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
+def test_nothing_is_settled_while_a_commit_is_out_that_would_set_its_offsets_back(registry, transport, delivery):
+    """That a partition is being worked on is committed first, and may hang in the client for as long as it likes."""
+    sources, lands = [], threading.Event()
+
+    class Late(Through):
+        late = None
+
+        @property
+        def commit_overdue(self):
+            return self.late is not None
+
+        def commit(self, positions, timeout_s=10):
+            if len(sources) == 1 and self.late is None and not lands.is_set():
+                self.late = positions
+                raise TransportError("no answer", retriable=True)
+            self._sink.commit(positions, timeout_s)
+
+        def poll(self, timeout_s, max_records=500):
+            if self.late is not None and lands.is_set():
+                late, self.late = self.late, None
+                self._sink.commit(late)
+            return self._sink.poll(timeout_s, max_records)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            sources.append(Late(self._transport.source(group, **options)))
+            return sources[-1]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    for _ in range(3):
+        Step().send(key="k")
+    one = Running(registry, Transport(transport, lambda sink, _: sink), delivery=delivery)
+    wait_for(lambda: one.worker.stats["done"] == 3)
+    time.sleep(0.3)
+    assert max(committed_of(transport), default=0) <= 0
+    lands.set()
+    wait_for(lambda: committed(transport) == 3)
+    time.sleep(0.1)
+    assert committed(transport) == 3
+    one.stop()
+
+
+@pytest.mark.parametrize("asks", ["committed", "batch"])
+def test_a_stop_is_heard_while_partitions_come_and_it_is_not_known_where_they_were_left(
+    registry, transport, monkeypatch, asks
+):
+    monkeypatch.setattr(loop, "_ASK_S", 0.2)
+    waits = threading.Event()
+
+    class Deaf(Through):
+        def committed(self, partitions, timeout_s=10):
+            if not waits.is_set():
+                return self._sink.committed(partitions, timeout_s)
+            time.sleep(timeout_s)
+            raise TransportError("no answer", retriable=True)
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            return Deaf(self._transport.source(group, **options))
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    task = Step()
+    task.send()
+    one = Running(registry, Transport(transport, lambda sink, _: sink), settle_limit_s=1, drain_s=0)
+    wait_for(lambda: committed(transport) == 1)
+    engine = one.worker._loop
+    if asks == "committed":
+        waits.set()
+    else:  # as if the settle thread had a batch of an earlier assignment, and no word came of it
+        engine._ready = False
+        engine.batch = Batch([], [Position(TOPIC, 2, 0)], None, "x", set(), since=time.monotonic())
+    transport.add_partitions(TOPIC, 3)
+    time.sleep(0.5)
+    assert one.worker.status().partitions == 2
+    one.stop(5)
+    assert one.error is None
+    assert committed(transport) == 1
+
+
+def test_transactions_that_timed_out_are_no_sign_of_a_twin(registry):
+    """The leader of a partition is away for longer than a transaction may take: each one that meets it is fenced."""
+    transport = MemoryTransport(auto_create=False, transaction_timeout_s=0.2)
+    transport.admin().create([TopicSpec(name=TOPIC, partitions=2)])
+    registry.configure(producer=BaseProducer(transport.sink()), topic=TOPIC)
+    fenced = []
+
+    class Slow(Through):
+        def send_offsets(self, positions, member):
+            self._sink.send_offsets(positions, member)
+            if len(fenced) < 3:
+                time.sleep(0.3)
+
+        def commit(self, timeout_s=30):
+            try:
+                self._sink.commit()
+            except FencedError:
+                fenced.append(1)
+                raise
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    operation = Operation(tasks=[Step(), Step()])
+    operation.launch()
+    one = Running(registry, Wrapped(transport, lambda sink, _: Slow(sink)), name="alone")
+    wait_for(lambda: view(transport, operation.uuid).ended or not one.thread.is_alive())
+    assert one.error is None
+    assert len(fenced) == 3
+    one.stop()
 
 
 def test_nothing_is_committed_before_the_group_is_joined(registry, transport):

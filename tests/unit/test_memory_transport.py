@@ -286,8 +286,20 @@ def test_an_overdue_transaction_is_aborted_and_frees_what_waited(transport, cloc
     assert clock.monotonic() == pytest.approx(110)
     assert source.committed([P1]) == [Position("t", 1, -1)]
     for late in (sink.commit, sink.abort, sink.begin):
-        with pytest.raises(FencedError):
+        with pytest.raises(FencedError) as caught:
             late()
+        assert caught.value.extra["expired"]
+
+
+def test_a_young_transaction_that_is_fenced_did_not_expire(transport, clock):
+    sink = transport.sink("tx")
+    sink.begin()
+    clock.advance(7.9)
+    transport.sink("tx").begin()
+    with pytest.raises(FencedError) as caught:
+        sink.produce(OutRecord("t", b"k", b"v"))
+        sink.commit()
+    assert "expired" not in caught.value.extra
 
 
 def test_committed_gives_up_after_its_timeout(transport, clock):

@@ -33,7 +33,7 @@ for _ in range(int(sys.argv[2]) if len(sys.argv) > 2 else 1):
 PARENT = """
 import sys
 from kser.worker.processes import Processes
-sys.exit(Processes([[sys.executable, "-c", *sys.argv[1:]]] * 2, drain_s=5).run())
+sys.exit(Processes([[sys.executable, "-c", *sys.argv[1:]]] * 2, end_s=5).run())
 """
 
 
@@ -42,8 +42,8 @@ def running():
     """``running(commands)`` is a parent in a thread of this process, that thread, and where its exit code appears."""
     made = []
 
-    def start(commands, *, drain_s=5, **options):
-        processes, codes = Processes(commands, drain_s=drain_s, **options), []
+    def start(commands, *, end_s=5, **options):
+        processes, codes = Processes(commands, end_s=end_s, **options), []
         thread = threading.Thread(target=lambda: codes.append(processes.run()), daemon=True)
         thread.start()
         made.append((processes, thread))
@@ -125,7 +125,7 @@ def test_a_second_signal_is_passed_on_too(parent, tmp_path):
 
 def test_a_child_that_does_not_end_in_time_is_killed_and_the_exit_code_tells(running, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(module, "_MARGIN_S", 0.2)
-    processes, thread, codes = running([polite(tmp_path, "9"), polite(tmp_path)], drain_s=0.1)
+    processes, thread, codes = running([polite(tmp_path, "9"), polite(tmp_path)], end_s=0.1)
     wait_for(lambda: len(pids(tmp_path)) == 2)
     processes.stop()
     thread.join(10)

@@ -483,6 +483,20 @@ def test_sigterm_ends_a_worker_in_the_main_thread_with_handlers_put_back(registr
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_stop_is_heard_while_it_is_not_known_what_was_told_to_the_group(registry):
+    class Deaf(MemoryTransport):
+        def reader(self, topics, start="beginning"):
+            raise TransportError("no broker answers", retriable=True)
+
+    transport = Deaf()
+    transport.admin().create([TopicSpec(name=TOPIC, partitions=2)])
+    one = Running(registry, transport, control=True)
+    time.sleep(0.3)
+    assert one.thread.is_alive()
+    one.stop(5)
+    assert one.error is None
+
+
 def test_missing_group_topics_are_refused_when_they_may_not_be_made(registry):
     strict = MemoryTransport(auto_create=False)
     strict.admin().create([TopicSpec(name=TOPIC, partitions=1)])
