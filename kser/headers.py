@@ -23,6 +23,7 @@ __all__ = [
     "REASON",
     "REDRIVE",
     "REMAINING",
+    "SUSPECT",
     "TRACE",
     "WAITING",
     "WORKER",
@@ -48,6 +49,8 @@ DUE: Final = "kser-due"
 WAITING: Final = "kser-waiting"
 #: Why it waits.
 REASON: Final = "kser-reason"
+#: It may be what crashed workers: whoever takes it runs it apart from everything else.
+SUSPECT: Final = "kser-suspect"
 #: The first writer of this key runs it; whoever comes later with the same key is dropped (kser.worker.state).
 CLAIM: Final = "kser-claim"
 #: How often it came back from the dead letters.

@@ -179,7 +179,10 @@ def _show(uuid: str, answer: AbortAnswer, status: str | None, output: str) -> No
 
 def _judge(uuid: str, answer: AbortAnswer, status: str) -> None:
     if status != Status.ABORTED:
-        raise CommandFailed(f"{_called(uuid, answer.progress)} ended before it could be aborted: {status}")
+        hint = ""
+        if status == Status.FAILED and answer.abort is None and answer.progress is not None:
+            hint = f". Was it resumed, and has not begun again yet? Then: --run {answer.progress.run + 1}"
+        raise CommandFailed(f"{_called(uuid, answer.progress)} ended before it could be aborted: {status}{hint}")
 
 
 def _called(uuid: str, progress: Progress | None) -> str:
@@ -197,8 +200,9 @@ def _await_end(reader: Reader, uuid: str, answer: AbortAnswer, group: str, deadl
         if not hinted and time.monotonic() - began > _HINT_AFTER_S:
             hinted = True
             click.echo(
-                f"kser: It has not ended for {_HINT_AFTER_S:g} s: its task does not look whether it is aborted, no "
-                f"worker of group {group} runs, or there is no such operation",
+                f"kser: It has not ended for {_HINT_AFTER_S:g} s: its task does not look whether it is aborted, its "
+                f"message waits for its time or in a paused topic, no worker of group {group} runs, or there is no "
+                "such operation",
                 err=True,
             )
     raise CommandFailed(

@@ -22,6 +22,7 @@ class Item:
         "admitted",
         "claim",
         "control",
+        "deadly",
         "error",
         "last",
         "outcome",
@@ -53,6 +54,8 @@ class Item:
         self.subject: tuple[str, int] | None = None
         #: It may be what crashed a worker: run apart from everything else.
         self.suspect = False
+        #: Even so a worker ended: what follows from its crash must not be anybody's code either.
+        self.deadly = False
         #: Where the dispatcher put it, and when: only for its own bookkeeping.
         self.turn = 0
         self.place = 0

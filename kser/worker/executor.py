@@ -500,7 +500,7 @@ class Executor:
                 work = item.work = opened
                 cls = work.cls
                 kind = self._kinds[cls] if cls in self._kinds else self._learn(cls)
-                if item.suspect:
+                if item.suspect and work.runs:
                     kind = self._suspects
                 if (told := self._told) is not None and told.version and self._stopped(told, item, work):
                     return True
@@ -593,6 +593,6 @@ class Executor:
         following = gate.leave()
         if following is not None:
             first = following[0]
-            kind = self._suspects if first.suspect else self._kinds[first.work.cls]
+            kind = self._suspects if first.suspect and first.work.runs else self._kinds[first.work.cls]
             assert kind is not None
             (kind.crew or self._crew).put([deque((following,))])

@@ -77,6 +77,10 @@ _TURN_S: Final = 0.2
 _WAITS: Final = ((0.05, 0.001), (1.0, 0.005), (float("inf"), 0.02))
 #: Bytes of the metadata of a commit beyond which its partition is paused: room is left for what is under way.
 _MUCH: Final = METADATA_BYTES // 2
+#: What a record leaves behind on its way into a tier: its claim, which it has won already; and once it was run, since
+#: when and why it waited for somebody who can do that.
+_WON: Final = frozenset({headers.CLAIM})
+_NOT_ALONG: Final = _WON | {headers.WAITING, headers.REASON}
 #: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
 _UNRESOLVED_S: Final = 30.0
 
@@ -383,8 +387,12 @@ class Loop:
                 # As its last owner left it: its attempt, and when that is due.
                 item.record = _with(record, {headers.ATTEMPT: parked.attempt, headers.NOT_BEFORE: parked.due_ms})
             if state.crashes:
-                item.suspect = state.crashes_of(record.offset) >= SUSPECT_AFTER
-                self.stats["suspects"] += item.suspect
+                crashes = state.crashes_of(record.offset)
+                item.suspect, item.deadly = crashes >= SUSPECT_AFTER, crashes > SUSPECT_AFTER
+            if record.headers and record.header(headers.SUSPECT) is not None:
+                item.suspect = True
+            if item.suspect:
+                self.stats["suspects"] += 1
             if record.headers and (key := record.header(headers.CLAIM)) and not self._claim(item, key):
                 items.pop()
                 continue
@@ -468,16 +476,17 @@ class Loop:
         rest: deque[Item] = item.rest or deque()
         item.rest = None
         attempt = headers.number(record.headers, headers.ATTEMPT, 1)
-        strict = False
+        # What an earlier owner had parked has its room: it stays where it was, with those of its key behind it.
+        stays = outcome.kind == "delayed" and record.offset in state.parked
         if outcome.kind == "retry":
             attempt += 1
             cls = item.work.cls
-            strict = cls is not None and cls.order == "strict"
+            stays = cls is not None and cls.order == "strict"
         room = len(state.parked) < KEYS and self.lot.items < self.worker.max_in_flight // 2
         short = delay_s <= LONGEST_S and room
-        if outcome.kind != "waiting" and (short or strict):
+        if outcome.kind != "waiting" and (short or stays):
             again = Item(state, record if outcome.kind == "delayed" else _with(record, {headers.ATTEMPT: attempt}))
-            again.last, again.suspect = item.last, item.suspect
+            again.last, again.suspect, again.deadly = item.last, item.suspect, item.deadly
             again.subject = item.work.subject if item.work is not None else None
             if outcome.kind == "delayed":
                 again.claim = item.claim
@@ -490,10 +499,16 @@ class Loop:
             state.park(record.offset, Parked(attempt, int((time.time() + delay_s) * 1000)))
             return True
         changed: dict[str, int | str] = {headers.ATTEMPT: attempt} if attempt > 1 else {}
+        if item.suspect:
+            changed[headers.SUSPECT] = 1
         if outcome.kind == "waiting":
             changed |= {headers.WAITING: outcome.since_ms or int(time.time() * 1000), headers.REASON: outcome.reason}
         delay_ms = int(min(max(delay_s, SHORTEST_S), MAX_DELAY_S) * 1000)
-        kept = _with(record, changed, without=headers.CLAIM)  # it has won already
+        if outcome.kind == "delayed" and item.claim is not None:
+            item.claimed()  # it is finished here; of the others it is done already
+        kept = _with(record, changed, without=_NOT_ALONG if outcome.kind == "retry" else _WON)
+        if outcome.refused is None:
+            outcome.refused = lambda error: self.runner.instead_of_waiting(record, error)
         outcome.records.append(
             to_tier(self.worker.group, record.topic, record.key, record.value, kept.headers, delay_ms)
         )
@@ -601,6 +616,8 @@ class Loop:
         except AbortedError:
             return Outcome("aborted")  # its partition is gone, or the worker ends: it runs again elsewhere
         except (TaskTimeoutError, TaskCrashedError) as exc:
+            if item.deadly and isinstance(exc, TaskCrashedError):
+                return self.runner.fail_unseen(work, exc)
             return self.runner.fail(work, exc)
         self.runner.refused_for(work, outcome)
         return outcome
@@ -829,15 +846,22 @@ class Loop:
         elif error.extra.get("topic") == self.dead_topic:
             self._letter_refused(item, error)
         elif outcome.refused is not None:
-            # Once: what tells the refusal may be refused too, and is then only logged.
+            # Once: of what tells the refusal, what is refused too is then only logged.
             refused, outcome.refused = outcome.refused, None
             outcome.records, outcome.ahead = refused(error), 0
             if item.claim is not None and error.extra.get("topic") != state_topic(self.worker.group, item.record.topic):
                 item.claimed()
         else:
             logger.error("What follows from %s was refused by the broker: %s", where, error.message)
-            outcome.records, outcome.ahead = [], 0
+            self._keep_own(item, str(error.extra.get("topic") or ""))
         self.pending.insert(0, item)
+
+    def _keep_own(self, item: Item, refused: str) -> None:
+        """What a hook sent at a refusal was refused as well: its dead letter and events are kept, without that."""
+        own = {self.events_topic, self.dead_topic, state_topic(self.worker.group, item.record.topic)} - {refused}
+        outcome: Outcome = item.outcome
+        kept = [(at < outcome.ahead, record) for at, record in enumerate(outcome.records) if record.topic in own]
+        outcome.records, outcome.ahead = [record for _, record in kept], sum(ahead for ahead, _ in kept)
 
     def _letter_refused(self, item: Item, error: Error) -> None:
         """The broker refused a dead letter: the least that one can be is tried, then the worker ends."""
@@ -1168,9 +1192,9 @@ class Loop:
         )
 
 
-def _with(record: Record, changed: Mapping[str, int | str], without: str = "") -> Record:
+def _with(record: Record, changed: Mapping[str, int | str], without: AbstractSet[str] = frozenset()) -> Record:
     """The record with these headers instead of its own of the same names."""
-    kept = [header for header in record.headers if header[0] not in changed and header[0] != without]
+    kept = [header for header in record.headers if header[0] not in changed and header[0] not in without]
     return record._replace(headers=[*kept, *((name, str(value).encode()) for name, value in changed.items())])
 
 

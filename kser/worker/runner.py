@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from kser import context, headers, results
@@ -95,6 +96,11 @@ class Work:
         if self._itinerary is None and self.plain is not None:
             self._itinerary = Itinerary.load(self.plain)
         return self._itinerary
+
+    @property
+    def runs(self) -> bool:
+        """Whether somebody's code may be run for it here. Not for what nobody here registered: that waits, or fails."""
+        return self.cls is not None or ((itinerary := self.itinerary) is not None and itinerary.end is not None)
 
     @property
     def subject(self) -> tuple[str, int]:
@@ -224,6 +230,27 @@ class Runner:
         """
         return self._guarded(work, error)
 
+    def fail_unseen(self, work: "Work", error: Exception) -> Outcome:
+        """As fail(), without any code of the user's: making its objects, or a hook, is what ends the process."""
+        kmsg, topic = work.kmsg, work.record.topic
+        task, result = _stand_in(kmsg), results.from_exception(error, kmsg.uuid)
+        retry = work.cls.retry if work.cls is not None else None
+        if retry is not None and (delay_s := retry.delay_s(work.attempt, error, kmsg.uuid)) is not None:
+            return self._again(work, task, result, delay_s)
+        nobody: Any = SimpleNamespace(TRANSPORT=self.controller.TRANSPORT, find=lambda _name: None)
+        sequencer = Sequencer(nobody, self.sequencer.limit)
+        itinerary = work.itinerary
+        if itinerary is not None and itinerary.end is not None:
+            consequences = sequencer.operation_ended(result, itinerary, topic)
+        else:
+            consequences = sequencer.task_ended(task, result, itinerary, topic)
+        if itinerary is None:
+            _number_run(consequences, work)
+        outcome = self._outcome("failed", consequences, _Outbox(self.sequencer, topic))
+        outcome.refused = partial(self._task_refused, task, work)
+        self._keep(outcome.records, work.record, kmsg, result, work.attempt)
+        return outcome
+
     def abort(self, work: "Work", why: str) -> Outcome:
         """What follows for a message whose operation was aborted: it is not run, and neither is what comes after it."""
         task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
@@ -243,6 +270,18 @@ class Runner:
         task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
         task.entrypoint = work.kmsg.entrypoint
         outcome.refused = partial(self._task_refused, task, work)
+
+    def instead_of_waiting(self, record: Record, error: Error) -> list[OutRecord]:
+        """What is sent instead of a record that was not run, and that the broker refuses, for good, to let wait."""
+        try:
+            kmsg = self.controller.decode(record.value if record.value is not None else b"")
+            itinerary = Itinerary.of(kmsg)
+        except Exception:  # noqa: BLE001 - data that is no message, or a newer itinerary
+            return self._reject(record, self.controller.reject(record.value, error), None).records
+        attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
+        task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
+        task.entrypoint = kmsg.entrypoint
+        return self._task_refused(task, Work(record, kmsg, None, itinerary, None, attempt), error)
 
     def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
         kmsg = work.kmsg
@@ -475,6 +514,12 @@ class Runner:
                 value = event.to_bytes(self.worker)
                 records.append(OutRecord(self._events_topic, key_bytes(event.key), value, self._headers))
         return records
+
+
+def _stand_in(kmsg: Message) -> UnregisteredTask:
+    task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
+    task.entrypoint = kmsg.entrypoint
+    return task
 
 
 def _tell(task: Entrypoint) -> None:

@@ -86,3 +86,26 @@ class Failing3(Task):
         note(f"third {self.params['n']} {self.attempt}")
         if not self.params.get("well"):
             raise ValueError("the third step")
+
+
+def die_in_worker() -> None:
+    if "RUNS" in os.environ:
+        note("dies")
+        os.abort()
+
+
+@registry.subscribe
+class Unmakable(Task):
+    """Ends its process before it is there."""
+
+    def postinit(self):
+        die_in_worker()
+
+
+@registry.subscribe
+class Unbuildable(Operation):
+    """Ends its process while it is built."""
+
+    def build_tasks(self, **params):
+        die_in_worker()
+        return [Good(params={"n": 0})]

@@ -809,3 +809,163 @@ def test_a_time_that_cannot_be_is_refused(registry, when):
 
     with pytest.raises(ValidationError, match=r"give|years"):
         later().send(**when)
+
+
+# -- what a review found -----------------------------------------------------------------------------------------------
+
+
+def test_a_delayed_operation_that_came_first_still_came_first_for_the_next_worker(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def pay():
+        ran.append(1)
+
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return [pay()]
+
+    Order(idempotency_key="o").build().send(delay=40)
+    first = start()
+    wait_for(lambda: transport.records(f"{GROUP}.retry.10s") and committed(transport) == 1)
+    first.worker.stop()
+    first.stop()
+    assert len(transport.records(f"{GROUP}.state.{TOPIC}")) == 1
+    Order(idempotency_key="o").build().send()
+    second = start()
+    wait_for(lambda: second.worker.stats["duplicates"] == 1)
+    assert not ran
+
+
+def test_a_strict_order_holds_when_another_worker_takes_over_a_long_wait(registry, transport, start):
+    ran = []
+
+    @registry.subscribe
+    class Strict(Task):
+        retry = Retry(attempts=2, backoff_s=40, jitter=0)
+        order = "strict"
+
+        def run(self):
+            ran.append(self.params["n"])
+            raise ValueError("no")
+
+    for n in (1, 2):
+        Strict(params={"n": n}).send(key="k")
+    first = start()
+    wait_for(lambda: any(decode(p.offset, p.metadata).parked for p in stored(transport)))
+    first.worker.stop()
+    first.stop()
+    second = start()
+    wait_for(lambda: second.worker.stats["delayed"] == 1)
+    time.sleep(0.3)  # the one behind it would have run by now
+    assert ran == [1]
+    assert not transport.records(f"{GROUP}.retry.10s")
+
+
+def test_how_long_it_waited_for_a_deploy_is_forgotten_once_it_was_run(registry, transport, start):
+    @registry.subscribe
+    class Flaky(Task):
+        retry = Retry(attempts=2, backoff_s=60, jitter=0)
+
+        def run(self):
+            raise ValueError("no")
+
+    waited = (
+        (headers.GROUP, GROUP.encode()),
+        (headers.WAITING, b"%d" % (time.time() * 1000 - 850_000)),
+        (headers.REASON, b"unknown"),
+    )
+    transport.sink().produce(OutRecord(TOPIC, b"k", Flaky().to_Message().to_bytes(), waited))
+    start()
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1m"))
+    (record,) = transport.records(f"{GROUP}.retry.1m")
+    assert record.header(headers.WAITING) is None
+    assert record.header(headers.REASON) is None
+    assert record.header(headers.ATTEMPT) == b"2"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_may_not_wait_in_a_tier_is_a_dead_letter_and_not_lost(registry, transport, start, monkeypatch, known):
+    refuse(monkeypatch, f"{GROUP}.retry.10s", 10)
+
+    @registry.task
+    def later():
+        """Never run."""
+
+    if known:
+        later().send(delay=40)
+    else:
+        transport.sink().produce(OutRecord(TOPIC, b"k", Message("u", "of.nobody").to_bytes()))
+    start()
+    wait_for(lambda: committed(transport) == 1)
+    assert len(dead(transport)) == 1
+    assert len(events(transport, EventType.STEP_FAILED)) == 1
+
+
+def test_a_hook_that_sends_what_is_refused_too_costs_no_dead_letter_and_no_event(
+    registry, transport, start, monkeypatch
+):
+    refuse(monkeypatch, "gone", 10)
+
+    @registry.task(topic="gone")
+    def alarm():
+        """Never sent."""
+
+    @registry.task
+    def broken():
+        raise ValueError("no")
+
+    @registry.subscribe
+    class Op(Operation):
+        def build_tasks(self, **params):
+            return [broken()]
+
+        def onerror(self, result):
+            alarm().send()
+
+    op = Op().build()
+    op.launch()
+    start()
+    wait_for(lambda: committed(transport) == 1)
+    assert dead(transport)
+    assert view(transport, op.uuid).status == "FAILED"
+
+
+def test_what_nobody_here_knows_is_no_suspect_that_a_child_process_could_run(registry, transport, start):
+    """An unknown message behind what crashed three workers: it waits, and the worker goes on."""
+    raw = Message("u", "of.nobody").to_bytes()
+    transport.sink().produce(OutRecord(TOPIC, b"k", raw, partition=0))
+    source = transport.source(GROUP)
+    join(source)
+    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1, SUSPECT_AFTER)]))])
+    source.close()
+    one = start(isolated=1, location="tests.apps.failing:registry")
+    wait_for(lambda: one.worker.stats["waiting"] == 1)
+    assert one.worker.stats["suspects"] == 1
+    assert one.thread.is_alive()
+
+
+def test_a_suspect_stays_one_on_its_way_through_a_tier(registry, transport, start):
+    """Else each of its attempts would cost three deaths."""
+
+    @registry.subscribe
+    class Flaky(Task):
+        retry = Retry(attempts=3, backoff_s=60, jitter=0)
+
+        def run(self):
+            raise ValueError("no")
+
+    raw = Flaky().to_Message().to_bytes()
+    transport.sink().produce(OutRecord(TOPIC, b"k", raw, partition=0))
+    source = transport.source(GROUP)
+    join(source)
+    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1, SUSPECT_AFTER)]))])
+    source.close()
+    one = start()
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1m"))
+    (record,) = transport.records(f"{GROUP}.retry.1m")
+    assert record.header(headers.SUSPECT) == b"1"
+    back = [header for header in record.headers if header[0] in (headers.GROUP, headers.SUSPECT, headers.ATTEMPT)]
+    transport.sink().produce(OutRecord(TOPIC, b"k", raw, back, partition=0))
+    wait_for(lambda: one.worker.stats["suspects"] == 2)
