@@ -39,7 +39,7 @@ from kser.worker.executor import Executor
 from kser.worker.health import HealthStatus
 from kser.worker.lockfiles import LockFiles
 from kser.worker.offsets import METADATA_BYTES, SUSPECT_AFTER, Parked, PartitionState, decode
-from kser.worker.parking import KEYS, LONGEST_S, ParkingLot
+from kser.worker.parking import KEYS, LONGEST_S, Backlog, ParkingLot, size_of
 from kser.worker.runner import Outcome, Runner, Work
 from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
 from kser.worker.state import StateStore, owner_of, state_topic
@@ -172,6 +172,9 @@ class Loop:
         self.bytes_unsettled = 0
         #: What waits for its next attempt, and what waits behind it; not in flight.
         self.lot = ParkingLot()
+        self.backlog = Backlog(self.lot, self.dispatcher, worker.max_in_flight, worker.max_bytes)
+        #: Paused because too much of them waits.
+        self.clogged: set[Partition] = set()
         #: Who was first with a key; of the partitions in ``_claimable`` it is loaded.
         self.store = StateStore(transport, worker.group, create=worker.create_topics)
         self._claimable: set[Partition] = set()
@@ -244,6 +247,7 @@ class Loop:
             self._unpark(now)
         if self.watch is not None and self.watch.version != self._watched:
             self._heed(self.watch)
+        self._clog()
         working = bool(self.in_flight or self.pending or self.batch is not None)
         full = self._full()
         if not full or self.halted or now - self._polled > _JAM_S:
@@ -271,11 +275,43 @@ class Loop:
 
     def _full(self) -> bool:
         """Whether there is so much taken and not run, or run and not settled, that no more is fetched."""
-        lot, worker = self.lot, self.worker
+        worker, waits = self.worker, self.backlog
+        taken, most = self._taken()
+        size = self.bytes_in_flight + self.bytes_unsettled + self.lot.bytes - waits.bytes
         return (
-            max(self.in_flight + lot.items, len(self.pending)) >= worker.max_in_flight
-            or self.bytes_in_flight + self.bytes_unsettled + lot.bytes >= worker.max_bytes
+            taken >= most
+            or len(self.pending) >= worker.max_in_flight
+            or size >= worker.max_bytes - min(waits.bytes, waits.most_bytes)
         )
+
+    def _taken(self) -> tuple[int, int]:
+        """Records taken and not run that do not wait behind another, and how many these may be."""
+        waits = self.backlog
+        taken = self.in_flight + self.lot.items - waits.items
+        return taken, self.worker.max_in_flight - min(waits.items, waits.most_items)
+
+    def _clog(self) -> None:
+        """Pause the partitions of which too much waits: a key that waits must not stop all others."""
+        lot, waits = self.lot, self.backlog
+        much = self.in_flight + lot.items > waits.most_items or self.bytes_in_flight + lot.bytes > waits.most_bytes
+        if waits.clogged or (much and lot.items):
+            waits.look(self.parts)
+        else:
+            waits.clear()
+        if waits.clogged != self.clogged:
+            more, less = waits.clogged - self.clogged, self.clogged - waits.clogged
+            self.clogged = set(waits.clogged)
+            if more:
+                logger.info("Paused until less of it waits: %s", ", ".join(f"{of.topic}/{of.partition}" for of in more))
+                self.source.pause(more)
+            self._go_on(less)
+
+    def _go_on(self, partitions: Iterable[Partition]) -> None:
+        """Fetch those again that nothing else keeps paused."""
+        kept = (self.halted, self.bounded, self.stilled, self.clogged)
+        free = [of for of in partitions if of in self.parts and not any(of in paused for paused in kept)]
+        if free:
+            self.source.resume(free)
 
     def _wait_to_join(self, now: float) -> None:
         """Notice that the group has taken this worker in; say so when it does not: Kafka tells no error."""
@@ -329,7 +365,7 @@ class Loop:
         partition is met once.
         """
         self._kicked = now
-        paused = self.halted | self.bounded | self.stilled
+        paused = self.halted | self.bounded | self.stilled | self.clogged
         quiet = [state for of, state in self.parts.items() if of not in paused]
         if not quiet:
             return
@@ -466,7 +502,7 @@ class Loop:
     def _run_units(self, units: Sequence[deque[Item]]) -> None:
         for unit in units:
             self.in_flight += len(unit)
-            self.bytes_in_flight += sum(len(item.record.value or b"") for item in unit)
+            self.bytes_in_flight += size_of(unit)
         if units:
             self.executor.submit([*units])
 
@@ -482,7 +518,7 @@ class Loop:
             attempt += 1
             cls = item.work.cls
             stays = cls is not None and cls.order == "strict"
-        room = len(state.parked) < KEYS and self.lot.items < self.worker.max_in_flight // 2
+        room = len(state.parked) < KEYS and self.lot.items < self.backlog.most_items and state.of not in self.clogged
         short = delay_s <= LONGEST_S and room
         if outcome.kind != "waiting" and (short or stays):
             again = Item(state, record if outcome.kind == "delayed" else _with(record, {headers.ATTEMPT: attempt}))
@@ -492,7 +528,7 @@ class Loop:
                 again.claim = item.claim
             rest.appendleft(again)
             self.in_flight -= len(rest) - 1
-            self.bytes_in_flight -= sum(len(each.record.value or b"") for each in rest) - len(record.value or b"")
+            self.bytes_in_flight -= size_of(rest) - len(record.value or b"")
             self.lot.put(rest, time.monotonic() + delay_s)
             if outcome.kind == "delayed":
                 return False
@@ -564,7 +600,7 @@ class Loop:
             self.source.pause(pause)
         if resume:
             self.stilled.difference_update(resume)
-            self.source.resume([of for of in resume if of not in self.halted and of not in self.bounded])
+            self._go_on(resume)
 
     def _give_back(self, records: Sequence[Record], topics: AbstractSet[str]) -> list[Record]:
         """The records without those of paused topics, which came before the pause did: they are fetched again."""
@@ -588,9 +624,11 @@ class Loop:
             if more:
                 self.source.pause(more)
                 self.halted |= more
-        elif self.halted and max(self.in_flight + self.lot.items, len(self.pending)) <= self.worker.max_in_flight // 2:
-            self.source.resume((self.halted & self.parts.keys()) - self.bounded - self.stilled)
-            self.halted.clear()
+        elif self.halted and len(self.pending) <= self.worker.max_in_flight // 2:
+            taken, most = self._taken()
+            if taken <= most // 2:
+                halted, self.halted = self.halted, set()
+                self._go_on(halted)
 
     def _bound(self, positions: Iterable[Position]) -> None:
         """Pause a partition whose unfinished offsets nearly fill what can be stored beside the committed one."""
@@ -602,8 +640,7 @@ class Loop:
                 self.source.pause([of])
             elif size < _MUCH // 2 and of in self.bounded:
                 self.bounded.discard(of)
-                if of not in self.halted and of not in self.stilled:
-                    self.source.resume([of])
+                self._go_on([of])
 
     def _run_isolated(self, item: Item, work: Work) -> Outcome:
         """Run one record in a child process; in one of the executor's threads."""
@@ -763,7 +800,7 @@ class Loop:
         held += later
         self.pending = held
         self.batch = Batch(items, positions, member, settle_id, states)
-        self.batch.size = _bytes_of(items) if held else self.bytes_unsettled
+        self.batch.size = size_of(items) if held else self.bytes_unsettled
         self._settler.give(self.batch)
 
     def _without_away(self, now: float) -> tuple[list[Item], list[Item]]:
@@ -986,7 +1023,7 @@ class Loop:
     def _weigh(self) -> None:
         """Count anew what is run and not settled: some of it did not go the usual way."""
         batches = [batch for batch in (self.batch, self.unknown) if batch is not None]
-        self.bytes_unsettled = _bytes_of(self.pending) + sum(batch.size for batch in batches)
+        self.bytes_unsettled = size_of(self.pending) + sum(batch.size for batch in batches)
 
     # -- rebalances (RebalanceListener) ------------------------------------------------------------------------------
 
@@ -998,9 +1035,8 @@ class Loop:
             self.parts[position.of] = state = PartitionState(position.of, position)
             if state.was_open:
                 self._crashed(state)
-            self.halted.discard(position.of)
-            self.bounded.discard(position.of)
-            self.stilled.discard(position.of)
+            for paused in (self.halted, self.bounded, self.stilled, self.clogged, self.backlog.clogged):
+                paused.discard(position.of)
         self._watched = -1  # so that topics that people paused are paused again
         logger.debug("Assigned: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
         return [position for position in found if position.offset >= 0]
@@ -1100,9 +1136,8 @@ class Loop:
         for state in gone:
             state.gone = True
             self.uncommitted.discard(state)
-            self.halted.discard(state.of)
-            self.bounded.discard(state.of)
-            self.stilled.discard(state.of)
+            for paused in (self.halted, self.bounded, self.stilled, self.clogged, self.backlog.clogged):
+                paused.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
         self._weigh()
         self.lot.drop(set(gone))
@@ -1200,7 +1235,3 @@ def _with(record: Record, changed: Mapping[str, int | str], without: AbstractSet
 
 def _offsets_of(state: PartitionState, items: Iterable[Item]) -> list[int]:
     return [item.record.offset for item in items if item.state is state]
-
-
-def _bytes_of(items: Iterable[Item]) -> int:
-    return sum(len(item.record.value or b"") for item in items)
