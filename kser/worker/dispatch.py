@@ -145,6 +145,12 @@ class Dispatcher:
         """What waits in each lane of a partition, behind the unit that is under way."""
         return [waiting for waiting in state.lanes.values() if type(waiting) is deque]
 
+    def drop(self, state: PartitionState) -> list[Item]:
+        """Take out what waits in the lanes of a partition that is going: nobody frees the lane of what is refused."""
+        dropped = [item for waiting in self.waiting(state) for item in waiting]
+        state.lanes.clear()
+        return dropped
+
 
 #: The lane that is a whole partition.
 _WHOLE = b""

@@ -463,8 +463,8 @@ class Executor:
                         if hand.abandoned:
                             return
                         break
-                    if item.outcome.again_s is not None:
-                        item.rest = rest  # whether these wait for it is not for this thread to say
+                    if item.outcome.again_s is not None or item.outcome.kind == "broken":
+                        item.rest = rest  # what becomes of these is not for this thread to say
                         finished.append(item)
                         break
                     finished.append(item)

@@ -43,6 +43,7 @@ from kser.worker.parking import KEYS, LONGEST_S, Backlog, ParkingLot, size_of
 from kser.worker.runner import Outcome, Runner, Work
 from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
 from kser.worker.state import StateStore, owner_of, state_topic
+from kser.worker.state_loader import StateLoader
 from kser.worker.tiers import MAX_DELAY_S, SHORTEST_S, dead_letter_topic, to_tier
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ _MUCH: Final = METADATA_BYTES // 2
 #: when and why it waited for somebody who can do that.
 _WON: Final = frozenset({headers.CLAIM})
 _NOT_ALONG: Final = _WON | {headers.WAITING, headers.REASON}
+#: What is left as it is, for the next owner: its partition went while it ran, or it broke the worker.
+_LEFT: Final = frozenset({"aborted", "broken"})
 #: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
 _UNRESOLVED_S: Final = 30.0
 
@@ -175,9 +178,9 @@ class Loop:
         self.backlog = Backlog(self.lot, self.dispatcher, worker.max_in_flight, worker.max_bytes)
         #: Paused because too much of them waits.
         self.clogged: set[Partition] = set()
-        #: Who was first with a key; of the partitions in ``_claimable`` it is loaded.
+        #: Who was first with a key. Not loaded before the first claim of a partition comes: most never see one.
         self.store = StateStore(transport, worker.group, create=worker.create_topics)
-        self._claimable: set[Partition] = set()
+        self.loader = StateLoader(self.store, lambda: self._inbox.put(None))
         #: Finished, not settled, in the order they finished.
         self.pending: list[Item] = []
         self.batch: Batch | None = None
@@ -248,7 +251,8 @@ class Loop:
         if self.watch is not None and self.watch.version != self._watched:
             self._heed(self.watch)
         self._clog()
-        working = bool(self.in_flight or self.pending or self.batch is not None)
+        loading = bool(self.loader.loading) and self._load()
+        working = bool(self.in_flight or self.pending or self.batch is not None or loading)
         full = self._full()
         if not full or self.halted or now - self._polled > _JAM_S:
             self._polled = now
@@ -261,7 +265,7 @@ class Loop:
                 self._take(records)
             elif now - self._kicked > _KICK_S:
                 self._kick(now)
-        waiting = self.in_flight or self.batch is not None
+        waiting = self.in_flight or self.batch is not None or loading
         self._collect(self._wait(now) if waiting and not records else 0)
         self._settle()
         self.executor.look_after()
@@ -271,7 +275,15 @@ class Loop:
                 "worker ends, so that a new one starts without them"
             )
         busy = working or records or self.in_flight or self.pending or self.uncommitted or self._storing
-        return bool(self.parts) and not busy and not self.lot.items
+        return bool(self.parts) and not (busy or loading or self.lot.items)
+
+    def _load(self) -> bool:
+        """Go on with the partitions whose state is here now; whether others wait for theirs."""
+        try:
+            self._go_on(self.loader.collect())
+        except Error as exc:
+            self.failure = self.failure or exc
+        return bool(self.loader.loading)
 
     def _full(self) -> bool:
         """Whether there is so much taken and not run, or run and not settled, that no more is fetched."""
@@ -308,7 +320,7 @@ class Loop:
 
     def _go_on(self, partitions: Iterable[Partition]) -> None:
         """Fetch those again that nothing else keeps paused."""
-        kept = (self.halted, self.bounded, self.stilled, self.clogged)
+        kept = (self.halted, self.bounded, self.stilled, self.clogged, self.loader.loading)
         free = [of for of in partitions if of in self.parts and not any(of in paused for paused in kept)]
         if free:
             self.source.resume(free)
@@ -365,7 +377,7 @@ class Loop:
         partition is met once.
         """
         self._kicked = now
-        paused = self.halted | self.bounded | self.stilled | self.clogged
+        paused = self.halted | self.bounded | self.stilled | self.clogged | self.loader.loading
         quiet = [state for of, state in self.parts.items() if of not in paused]
         if not quiet:
             return
@@ -407,9 +419,14 @@ class Loop:
         items: list[Item] = []
         parts, size = self.parts, 0
         fresh: dict[PartitionState, Position] = {}
+        early: dict[PartitionState, int] = {}
         for record in records:
             state = parts.get((record.topic, record.partition))  # type: ignore[call-overload]
-            if state is None or state.closed:
+            if state is None or state.closed or (early and state in early):
+                continue
+            key = record.header(headers.CLAIM) if record.headers else None
+            if key and state.of not in self.loader.loaded:
+                early[state] = record.offset
                 continue
             if not state.marked:
                 fresh[state] = self._mark(state, record.offset)
@@ -429,11 +446,13 @@ class Loop:
                 item.suspect = True
             if item.suspect:
                 self.stats["suspects"] += 1
-            if record.headers and (key := record.header(headers.CLAIM)) and not self._claim(item, key):
+            if key and not self._claim(item, key):
                 items.pop()
                 continue
             if record.value is not None:
                 size += len(record.value)
+        if early:
+            self._hold_back(early)
         if fresh:
             self._open(fresh)
         if items:
@@ -445,10 +464,6 @@ class Loop:
         """Whether a record that may run only if it is the first one to bring ``key`` is that; if not it is finished."""
         record, state = item.record, item.state
         name = key.decode("utf-8", "backslashreplace")
-        if state.of not in self._claimable:
-            # Not before the first one comes: most partitions never see one.
-            self._claimable.add(state.of)
-            self.store.load([state.of])
         try:
             claim = self.store.claim(state.of, name, owner_of(record))
         except ConfigurationError as exc:
@@ -465,6 +480,13 @@ class Loop:
         self.pending.append(item)
         self.bytes_unsettled += len(record.value or b"")
         return False
+
+    def _hold_back(self, early: Mapping[PartitionState, int]) -> None:
+        """Fetch from these offsets on again once it is known who was first with a key."""
+        for state, offset in early.items():
+            self.loader.start(state)
+            self.source.pause([state.of])
+            self.source.seek(Position(*state.of, offset))
 
     def _mark(self, state: PartitionState, offset: int) -> Position:
         """What to commit before the first record of a partition is run, the one with this offset."""
@@ -688,10 +710,12 @@ class Loop:
             record, state, outcome = item.record, item.state, item.outcome
             if record.value is not None:
                 size += len(record.value)
-            if outcome is None or state.gone or outcome.kind == "aborted":
-                self.stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
+            if outcome is not None and outcome.kind == "broken":
+                self._broken()
+            if outcome is None or state.gone or outcome.kind in _LEFT:
+                self.stats["discarded"] += 1  # whoever owns the partition runs it
                 left_out += len(record.value or b"")
-                for behind in item.rest or ():  # it was to wait with it
+                for behind in item.rest or ():  # it was to come after it
                     count += 1
                     size += len(behind.record.value or b"")
                     left_out += len(behind.record.value or b"")
@@ -700,11 +724,6 @@ class Loop:
                 done += 1
             else:
                 self.stats[outcome.kind] += 1
-                if outcome.kind == "broken":
-                    logger.error("Stopping: a record broke the worker; it stays unsettled")
-                    self.worker.stop()
-                    left_out += len(record.value or b"")
-                    continue
                 if outcome.again_s is not None:
                     if item.claim is not None and outcome.kind != "delayed":
                         item.claimed()
@@ -729,6 +748,13 @@ class Loop:
         self.bytes_unsettled += size - left_out
         if freed and self.worker.ordering != "none":
             self.dispatcher.freed(freed)
+
+    def _broken(self) -> None:
+        """A fault of kser itself, at a record that a release with the cure runs, and those of its key after it."""
+        self.stats["broken"] += 1
+        if not self.worker.stopping:
+            logger.error("Stopping: a record broke the worker; it stays unsettled")
+            self.worker.stop()
 
     # -- settling ----------------------------------------------------------------------------------------------------
 
@@ -866,7 +892,7 @@ class Loop:
                 self._refused(item, error)
         if verdict.again or verdict.refused:
             self._weigh()
-        if self._claimable:
+        if self.loader.loaded:
             for item in verdict.settled:
                 if item.claim is not None:
                     self.store.settled(item.claim)
@@ -1078,18 +1104,24 @@ class Loop:
 
     def on_lost(self, partitions: Sequence[Partition]) -> None:
         """Others may own them already: drop everything, commit nothing."""
-        for partition in partitions:
-            if partition in self.parts:
-                self.parts[partition].closed = True
+        self._shut([self.parts[partition] for partition in partitions if partition in self.parts])
         self._forget(partitions)
         self._joined = False
         logger.warning("Lost: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
 
-    def _close(self, states: Sequence[PartitionState], end: float) -> None:
+    def _shut(self, states: Iterable[PartitionState]) -> None:
+        """Start nothing more of these: what was taken and has not begun is left to the next owner."""
         for state in states:
             state.closed = True
-        closing = set(states)
+            if waiting := self.dispatcher.drop(state):
+                self.in_flight -= len(waiting)
+                self.bytes_in_flight -= size_of(waiting)
+                self.stats["discarded"] += len(waiting)
         self.executor.drop_closed()
+
+    def _close(self, states: Sequence[PartitionState], end: float) -> None:
+        self._shut(states)
+        closing = set(states)
 
         def running() -> bool:
             return self.executor.running_of(closing) or bool(self.executor.finished)
@@ -1141,8 +1173,7 @@ class Loop:
         self.pending = [item for item in self.pending if not item.state.gone]
         self._weigh()
         self.lot.drop(set(gone))
-        self.store.drop(state.of for state in gone)
-        self._claimable.difference_update(state.of for state in gone)
+        self.loader.drop(state.of for state in gone)
         self.executor.abort("lost", set(gone))
         self.executor.drop_closed()
 
@@ -1153,10 +1184,8 @@ class Loop:
         self.draining = True
         self.worker.drains()
         logger.info("Stopping: up to %s s for what is running", self.worker.drain_s)
-        for state in self.parts.values():
-            state.closed = True  # what was taken but not started is left to the next owner
+        self._shut(self.parts.values())
         self.executor.release()
-        self.executor.drop_closed()
         self.stop_by = time.monotonic() + self.worker.drain_s
         settle_by = self.stop_by + self.worker.settle_limit_s
         while self.worker.stopping < 2 and self.failure is None:

@@ -37,7 +37,7 @@ from kser.worker.topic_findings import Finding, find
 from kser.worker.topic_plan import KINDS, Feature, TopicPlan
 from kser.worker.topics import ensure_group_topics
 
-__all__ = ["RETENTION_S", "Claim", "StateStore", "Winner", "owner_of", "state_topic"]
+__all__ = ["RETENTION_S", "Claim", "LoadedState", "StateStore", "Winner", "owner_of", "state_topic"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class StateStore:
     The order of calls::
 
         source.committed(partitions)      # first: it waits for transactions of former owners
-        store.load(partitions)            # in on_assign, before a message of them is taken
+        store.load(partitions)            # before a claim of theirs is judged
         claim = store.claim(of, key, owner_of(record))
         ...                               # claim.records go into the transaction that settles the record
         store.settled(claim)              # it is committed, or at least once: confirmed
@@ -105,7 +105,10 @@ class StateStore:
 
     Without settled() claims hold just as well, but expired keys stay in memory until the partition goes.
 
-    Thread rule: load() and drop() are the poll thread's, the rest may come from any thread. No method but load() waits.
+    load() is read(), which may wait and may be called from any thread, and take_in(), which does not wait.
+
+    Thread rule: load(), take_in() and drop() are the poll thread's, the rest may come from any thread. No method but
+    load() and read() waits.
 
     Args:
         transport: where the topics are.
@@ -140,6 +143,13 @@ class StateStore:
     def load(self, partitions: Sequence[Partition], timeout_s: float = 60) -> None:
         """Read the state of these partitions of task topics; all of it is there when this returns, or none.
 
+        Raises as read() does.
+        """
+        self.take_in(self.read(partitions, timeout_s))
+
+    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> "LoadedState":
+        """The state of these partitions of task topics, for take_in().
+
         A state topic that is missing is made; where that cannot be, its state is empty and claims are refused.
 
         Raises:
@@ -169,6 +179,10 @@ class StateStore:
                 "%d keys of %d partitions loaded from %d records in %.1f s",
                 *(sum(len(keys.entries) for keys in loaded.values()), len(targets), count, time.monotonic() - began),
             )
+        return loaded
+
+    def take_in(self, loaded: "LoadedState") -> None:
+        """Have what read() gave: from now on keys of those partitions can be claimed."""
         with self._lock:
             self._loaded |= loaded
 
@@ -378,6 +392,10 @@ class _Keys:
             if raw is not None and key not in self.going and key not in found:
                 found.append(key)
         return tuple(found)
+
+
+#: What StateStore.read() gives: for StateStore.take_in().
+LoadedState = dict[Partition, _Keys]
 
 
 def _encoded(key: str) -> bytes:

@@ -9,11 +9,12 @@ import pytest
 
 from kser import Message, Operation, OperationRegistry, Result, Retry, Task, headers
 from kser.control import Abort, Change, Pause, PauseKind, send_control
-from kser.errors import MessageTooLargeError, ValidationError
+from kser.errors import ConfigurationError, MessageTooLargeError, TransportError, ValidationError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
 from kser.transport import OutRecord, Partition, Position, TopicSpec
 from kser.transport.memory import MemorySink, MemoryTransport
+from kser.transport.partitioner import partition_of
 from kser.worker.offsets import SUSPECT_AFTER, Parked, PartitionState, decode, encode
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
 
@@ -765,6 +766,73 @@ def test_an_operation_that_came_first_and_failed_its_first_attempt_still_came_fi
     wait_for(lambda: one.worker.stats["duplicates"] == 1)
     assert len(ran) == 2
     assert len(transport.records(f"{GROUP}.state.{TOPIC}")) == 1
+
+
+class Away:
+    """A transport whose state topics cannot be read while they are away, which takes its time."""
+
+    def __init__(self, real):
+        self.real, self.back, self.asked = real, threading.Event(), 0
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def read(self, partitions, timeout_s=60):
+        if not self.back.is_set():
+            self.asked += 1
+            self.back.wait(0.2)
+            raise TransportError("no broker answers", retriable=True)
+        return self.real.read(partitions, timeout_s)
+
+
+def test_a_state_that_cannot_be_read_holds_back_its_partition_and_neither_ends_nor_stops_the_worker(
+    registry, transport, request
+):
+    ran = []
+
+    @registry.task
+    def pay(order: str):
+        ran.append(order)
+
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return [pay(params=params)]
+
+    home, other = ("key-0", "key-1")
+    assert partition_of(home.encode(), 2) != partition_of(other.encode(), 2)
+    first = Order(params={"order": "first"}, idempotency_key="o").build()
+    first.key = home
+    first.launch()
+    pay(params={"order": "behind"}).send(key=home)
+    away = Away(transport)
+    one = Running(registry, away)
+    request.addfinalizer(one.stop)
+    wait_for(lambda: away.asked)
+    asked = time.monotonic()
+    for n in range(20):
+        pay(params={"order": f"other {n}"}).send(key=other)
+    wait_for(lambda: len(ran) == 20)
+    assert time.monotonic() - asked < 0.2 + 2
+    assert not one.worker.status().reasons
+    wait_for(lambda: away.asked > 1)
+    away.back.set()
+    wait_for(lambda: ran[20:] == ["first", "behind"])
+    assert one.thread.is_alive()
+
+
+def test_a_state_topic_that_cannot_be_right_ends_the_worker_with_the_reason(registry, transport):
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return []
+
+    transport.admin().create([TopicSpec(name=f"{GROUP}.state.{TOPIC}", partitions=3)])
+    Order(idempotency_key="o").build().send()
+    one = Running(registry, transport)
+    one.thread.join(10)
+    assert isinstance(one.error, ConfigurationError)
+    assert "3" in one.error.message
 
 
 def test_a_delayed_task_runs_when_it_is_due(registry, transport, start):
