@@ -12,6 +12,7 @@ from kser.schemas import Message, parse
 from kser.sequencing.itinerary import Itinerary
 from kser.transport import Record
 from kser.worker.dead_letters import LEFT_OUT, TOO_LARGE
+from kser.worker.state import FOR_EVER
 
 __all__ = ["DeadLetter", "ReadLetter", "decode", "is_called", "matcher", "message_in", "place_of", "read_letter"]
 
@@ -80,8 +81,11 @@ class DeadLetter:
 
     @property
     def claim(self) -> str:
-        """The key of which the first writer runs: the same for all who replay this letter, or resume its operation."""
-        return f"again:{self.subject}:{self.run}:{self.position}:{self.redrive}"
+        """The key of which the first writer runs: the same for all who replay this letter, or resume its operation.
+
+        It is taken for ever, as the letter may be kept for ever.
+        """
+        return f"{FOR_EVER}{self.subject}:{self.run}:{self.position}:{self.redrive}"
 
     @property
     def generation(self) -> tuple[int, int]:
