@@ -8,11 +8,13 @@ the same letter share: the first one runs, the others are dropped (`kser.worker.
 """
 
 import heapq
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
+from kser.control import whoami
 from kser.errors import ConfigurationError, DeliveryError, Error, NotFound, StatusError, ValidationError
 from kser.events import Event, EventType, events_topic, read
 from kser.letters import DeadLetter, ReadLetter, is_called, matcher, place_of, read_letter
@@ -20,13 +22,17 @@ from kser.redrive import Redrive, RefusedError, Replay, remaining
 from kser.schemas import Message
 from kser.sequencing.itinerary import Itinerary, key_bytes
 from kser.status import Status
-from kser.transport import Partition, Position, Record, Transport
+from kser.transport import OutRecord, Partition, Position, Record, Sink, Transport
 from kser.transport.partitioner import partition_of
 from kser.worker.state import StateStore
 from kser.worker.tiers import dead_letter_topic
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["MAX_REDRIVES", "DeadLetter", "DeadLetters", "Found", "Purge", "Replay"]
 
+#: Events that say nothing of how far a run has come.
+_NO_PROGRESS: Final = frozenset({EventType.MESSAGE_REJECTED, EventType.RUN_SENT})
 #: A message that came back from the dead letters so often is not sent back again unless it is forced.
 MAX_REDRIVES: Final = 3
 
@@ -351,21 +357,40 @@ class DeadLetters:
         return Redrive(self.group, self._message, self.max_redrives, self._partitions_of(topics))
 
     def _deliver(self, outcomes: Sequence[Replay]) -> _Replays:
-        """Send those that are ready."""
+        """Send those that are ready, and tell of the runs that they begin."""
         ready = [(at, outcome.record) for at, outcome in enumerate(outcomes) if outcome.record is not None]
         told = list(outcomes)
         if ready:
             sink = self._transport.sink(failures_only=True)
             try:
                 failures = dict(sink.deliver([record for _, record in ready], self._timeout_s))
+                for index, (at, _) in enumerate(ready):
+                    if index in failures:
+                        told[at] = replace(told[at], status="failed", reason=str(failures[index].message))
+                    else:
+                        told[at] = replace(told[at], status="sent")
+                self._tell([outcome for outcome in told if outcome.status == "sent"], sink)
             finally:
                 sink.close()
-            for index, (at, _) in enumerate(ready):
-                if index in failures:
-                    told[at] = replace(told[at], status="failed", reason=str(failures[index].message))
-                else:
-                    told[at] = replace(told[at], status="sent")
         return told
+
+    def _tell(self, sent: Sequence[Replay], sink: Sink) -> None:
+        """Have the events say which runs were sent, so that one that no worker has met yet can be aborted.
+
+        Afterwards: what is told of a run that was never sent would never end.
+        """
+        topic, by = events_topic(self.group), whoami()
+        events = [event for outcome in sent if (event := outcome.event(by)) is not None]
+        if not events or not self._partitions_of([topic]):
+            return
+        records = [OutRecord(topic, key_bytes(event.key), event.to_bytes()) for event in events]
+        if failures := sink.deliver(records, self._timeout_s):
+            logger.warning(
+                "%d of %d runs that were sent are in no event until they begin: %s",
+                len(failures),
+                len(records),
+                failures[0][1].message,
+            )
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -400,7 +425,7 @@ class DeadLetters:
         # The newest are in their key's partition, unless partitions were added after the last of them.
         for numbers in ([home], [number for number in range(count) if number != home]):
             records = [record for record in self._read(topic, numbers) if record.key == key]
-            events = [event for event in read(records) if event.type != EventType.MESSAGE_REJECTED]
+            events = [event for event in read(records) if event.type not in _NO_PROGRESS]
             if events:
                 return events
         return []

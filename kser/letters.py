@@ -30,7 +30,7 @@ class DeadLetter:
     uuid: str
     #: uuid of the root operation; None for a message of no operation.
     operation: str | None = None
-    #: Run of the operation.
+    #: Run of the operation; of a message without an itinerary 1 and how often it came back.
     run: int = 1
     #: How many tasks of the operation ended before this one.
     position: int = 0
@@ -145,7 +145,11 @@ def decode(letter: DeadLetter, message: type[Message]) -> ReadLetter:
     letter = replace(letter, entrypoint=str(kmsg.entrypoint), uuid=kmsg.uuid, unreadable=problem)
     if itinerary is not None:
         operation = itinerary.root.uuid if itinerary.frames else None
-        letter = replace(letter, operation=operation, run=itinerary.run, position=itinerary.position)
+        return ReadLetter(
+            replace(letter, operation=operation, run=itinerary.run, position=itinerary.position), kmsg, itinerary
+        )
+    if not problem:
+        letter = replace(letter, run=1 + letter.redrive)
     return ReadLetter(letter, kmsg, itinerary)
 
 

@@ -179,10 +179,7 @@ def _show(uuid: str, answer: AbortAnswer, status: str | None, output: str) -> No
 
 def _judge(uuid: str, answer: AbortAnswer, status: str) -> None:
     if status != Status.ABORTED:
-        hint = ""
-        if status == Status.FAILED and answer.abort is None and answer.progress is not None:
-            hint = f". Was it resumed, and has not begun again yet? Then: --run {answer.progress.run + 1}"
-        raise CommandFailed(f"{_called(uuid, answer.progress)} ended before it could be aborted: {status}{hint}")
+        raise CommandFailed(f"{_called(uuid, answer.progress)} ended before it could be aborted: {status}")
 
 
 def _called(uuid: str, progress: Progress | None) -> str:

@@ -423,6 +423,8 @@ class Runner:
 
     def _launch(self, work: Work, operation: Operation, outbox: _Outbox) -> Outcome:
         itinerary, topic = work.itinerary, work.record.topic
+        if itinerary is None and (run := work.subject[1]) > 1:
+            itinerary = Itinerary(run=run)  # it came back from the dead letters
         consequences = self.sequencer.operation_reached(operation, itinerary, topic)
         outcome = self._outcome("failed" if operation.status == Status.FAILED else "done", consequences, outbox)
         outcome.refused = lambda error: self._refused(

@@ -118,8 +118,8 @@ class StateStore:
         transport: where the topics are.
         group: the consumer group of the workers.
         create: make a state topic that is missing; False: claims of its task topic are refused.
-        retention_s: how long a key is kept at least, in seconds, unless it is kept for ever. Later claims take it out of the topic by and by; one
-            for the same key wins as soon as the time is over.
+        retention_s: how long a key is kept at least, in seconds, unless it is kept for ever. Later claims take it out
+            of the topic by and by; one for the same key wins as soon as the time is over.
         now_ms: the clock, milliseconds since the epoch.
     """
 

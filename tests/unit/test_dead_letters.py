@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kser import Message, Operation, OperationRegistry, Result, Task, headers, results
+from kser import Message, Operation, OperationRegistry, Result, Task, control, headers, results
 from kser.cli.connection import Drivers
 from kser.cli.letters_view import table
 from kser.cli.main import cli
@@ -519,6 +519,7 @@ def test_a_replayed_step_continues_its_operation_as_a_new_run(five, tasks, shop,
     assert shop.status(five.uuid) == "SUCCESS"
     again = [event for event in shop.events(five.uuid) if event.run == 2]
     assert [(e.type, e.position) for e in again] == [
+        (EventType.RUN_SENT, 1),
         (EventType.OPERATION_STARTED, 1),
         *((EventType.STEP_DONE, n) for n in (1, 2, 3, 4)),
         (EventType.OPERATION_ENDED, 5),
@@ -834,6 +835,50 @@ def test_events_are_found_after_partitions_were_added(five, shop, transport, bro
     shop.run()
     with pytest.raises(StatusError, match=r"Run 2 .* ended SUCCESS"):
         shop.letters.resume(five.uuid)
+
+
+def test_a_run_that_was_sent_is_told_so_that_it_can_be_aborted_before_a_worker_meets_it(five, shop, broken, ran):
+    assert shop.letters.resume(five.uuid).run == 2
+    (sent,) = [event for event in shop.events(five.uuid) if event.type == EventType.RUN_SENT]
+    assert (sent.run, sent.position, sent.status, sent.entrypoint) == (2, 1, "PENDING", "shop.B")
+    assert sent.note.startswith("sent again from dead letter ")
+    view = OperationView(five.uuid)
+    assert all(view.apply(event) for event in shop.events(five.uuid))
+    assert (view.run, view.status) == (2, "PENDING")
+    assert view.entrypoint.endswith("Five")
+    shop.transport.admin().create([TopicSpec(name=f"{GROUP}.control", partitions=1)])
+    assert control.abort(five.uuid, group=GROUP, transport=shop.transport).abort.run == 2
+    # It says nothing of how far the run has come: that is for the worker that meets it.
+    assert shop.letters.resume(five.uuid).run == 2
+    broken.clear()
+    assert shop.run().count("duplicate") == 1
+    assert shop.status(five.uuid) == "SUCCESS"
+    assert [name for name, _ in ran] == ["a", "b", "b", "c", "d", "e"]
+
+
+def test_what_is_told_of_a_run_late_changes_nothing(five, shop, broken):
+    broken.clear()
+    shop.letters.resume(five.uuid)
+    shop.run()
+    told = shop.events(five.uuid)
+    late = next(event for event in told if event.type == EventType.RUN_SENT)
+    view = OperationView(five.uuid)
+    for event in [*(event for event in told if event is not late), late]:
+        view.apply(event)
+    assert (view.run, view.status) == (2, "SUCCESS")
+
+
+def test_a_lone_task_and_an_operation_by_itself_that_are_replayed_are_in_the_run_that_was_told(tasks, shop, broken):
+    task = lone(tasks, shop)
+    shop.letters.replay(shop.letters.list())
+    assert shop.status(task.uuid) == "PENDING"
+    shop.run()
+    assert shop.status(task.uuid) == "FAILED"
+    shop.letters.replay(shop.letters.list(replayed=False))
+    broken.clear()
+    shop.run()
+    assert shop.status(task.uuid) == "SUCCESS"
+    assert [event.run for event in shop.events(task.uuid)] == [1, 2, 2, 3, 3]
 
 
 def test_a_lone_task_is_resumed_under_its_uuid(tasks, shop, broken):
