@@ -193,12 +193,13 @@ class DeadLetters:
 
         Key, bytes and partition are as they were, and so are the message's own headers. The task of an operation
         begins a new run of it, and the operation goes on after it. What was replayed already is refused, as is what
-        came back ``max_redrives`` times, what is not whole, and what cannot be read.
+        came back ``max_redrives`` times, what was aborted, what is not whole, and what cannot be read.
 
         Args:
             letters: as list() or show() gave them.
             dry_run: say what would be done, and do nothing.
-            force: send also what came back too often, lacks its headers, or cannot be read; the latter byte for byte.
+            force: send also what came back too often, was aborted, lacks its headers, or cannot be read; the latter
+                byte for byte.
             params: these take the place of the message's parameters of the same names.
 
         Gives one Replay for each letter, in the order in which they are sent. What the broker does not confirm is one
@@ -227,7 +228,7 @@ class DeadLetters:
         step: str | int | None = None,
         dry_run: bool = False,
     ) -> Replay:
-        """Begin a new run of an operation at the step that failed it, with the results it had.
+        """Begin a new run of an operation at the step that failed it, or at which it was aborted, with its results.
 
         Args:
             uuid: of the root operation, or of a task of no operation.

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from kser import headers as names
-from kser.errors import Error, ValidationError
+from kser.errors import AbortedError, Error, ValidationError
 from kser.headers import Headers
 from kser.schemas import Message, parse
 from kser.sequencing.itinerary import Itinerary
@@ -61,6 +61,11 @@ class DeadLetter:
     unreadable: str = ""
     #: True when its message was run again: the claim of a replay is taken, or a later letter of it is there.
     replayed: bool = False
+
+    @property
+    def aborted(self) -> bool:
+        """True when it did not fail, but somebody aborted its operation."""
+        return self.error_type == AbortedError.__name__
 
     @property
     def id(self) -> str:

@@ -147,6 +147,8 @@ class Redrive:
             raise RefusedError(f"its topic {origin} does not exist any more")
         if force:
             return
+        if letter.aborted:
+            raise RefusedError("somebody aborted it: forced, or by kser operations resume, it runs from there")
         if letter.unreadable:
             raise RefusedError(f"it cannot be read ({letter.unreadable}): forced, it is sent as it is")
         if letter.left_out:

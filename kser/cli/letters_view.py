@@ -121,7 +121,7 @@ def hints(letter: DeadLetter, group: str, max_redrives: int) -> Iterator[str]:
     if letter.replayed or letter.left_out == "value":
         return
     words = ["kser", "dlq", "replay", letter.id, "--group", group]
-    if letter.unreadable or letter.left_out or letter.redrive >= max_redrives:
+    if letter.unreadable or letter.left_out or letter.aborted or letter.redrive >= max_redrives:
         words.append("--force")
     yield f"\nTo send it back: {shlex.join(words)}"
 

@@ -29,7 +29,7 @@ __all__ = ["operations"]
     "operations",
     invoke_without_command=True,
     subcommand_metavar="COMMAND [ARGS]...",
-    short_help="Resume operations that failed.",
+    short_help="Resume operations that failed or were aborted.",
     epilog=example("kser operations resume 5f0c6d4e-9a3b-4f0e-8a53-0d6f3f1f2b11 --group shop"),
 )
 @click.pass_context
@@ -70,7 +70,7 @@ def resume(
     connection: Connection,
     output: str,
 ) -> None:
-    """Run a failed operation again from the step that failed it, with the results it had until then.
+    """Run an operation again from the step that failed it, or at which it was aborted, with the results it had.
 
     It is a new run of the same operation. Refused, with the reason, while the last run goes on, and when it ended well.
     Resumed twice at once, it is run once.

@@ -252,7 +252,10 @@ class Runner:
         return outcome
 
     def abort(self, work: "Work", why: str) -> Outcome:
-        """What follows for a message whose operation was aborted: it is not run, and neither is what comes after it."""
+        """What follows for a message whose operation was aborted: it is not run, and neither is what comes after it.
+
+        It is kept in the dead letters, because somebody may want to resume the operation.
+        """
         task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
         task.entrypoint = work.kmsg.entrypoint
         result = results.from_exception(AbortedError(f"{work.name} {why}"), work.kmsg.uuid)
@@ -262,6 +265,7 @@ class Runner:
             if work.itinerary is None:
                 _number_run(consequences, work)
             outcome = self._outcome("abort", consequences, outbox)
+        self._keep(outcome.records, work.record, work.kmsg, result, work.attempt)
         outcome.refused = lambda _error: []
         return outcome
 

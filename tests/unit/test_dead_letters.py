@@ -18,6 +18,7 @@ from kser.cli.letters_view import table
 from kser.cli.main import cli
 from kser.dead_letters import DeadLetters
 from kser.errors import (
+    AbortedError,
     ConfigurationError,
     DeliveryError,
     NotFound,
@@ -1338,3 +1339,21 @@ def test_settings_that_cannot_be_are_refused(transport):
     for wrong in ({"timeout_s": 0}, {"max_redrives": -1}):
         with pytest.raises(ConfigurationError):
             DeadLetters(transport, GROUP, **wrong)
+
+
+def test_what_was_aborted_is_not_replayed_with_all_the_others(tasks, shop, transport, kser):
+    lone(tasks, shop)
+    record = transport.records(TOPIC)[0]
+    error = raised(AbortedError("shop.B[u] was aborted by ann"))
+    transport.sink().deliver(
+        [dead_letter(record._replace(value=record.value.replace(b'"uuid":"', b'"uuid":"x')), DLQ, error=error,
+                     group=GROUP, worker="w1", now_ms=NOW)]
+    )  # fmt: skip
+    (letter,) = shop.letters.list(error="AbortedError")
+    done = kser("dlq", "replay", "--all", "--dry-run")
+    assert done.exit_code == 0
+    assert "1 would be sent" in done.output
+    refused = kser("dlq", "replay", letter.id)
+    assert refused.exit_code == 1
+    assert "somebody aborted it" in refused.output
+    assert f"dlq replay {letter.id} --group {GROUP} --force" in kser("dlq", "show", letter.id).output

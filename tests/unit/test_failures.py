@@ -9,6 +9,7 @@ import pytest
 
 from kser import Message, Operation, OperationRegistry, Result, Retry, Task, headers
 from kser.control import Abort, Change, Pause, PauseKind, send_control
+from kser.dead_letters import DeadLetters
 from kser.errors import ConfigurationError, MessageTooLargeError, TransportError, ValidationError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
@@ -598,7 +599,39 @@ def test_an_operation_that_was_aborted_is_not_run_any_further(registry, transpor
     assert view(transport, one.uuid).status == "ABORTED"
     assert "aborted by ann: wrong prices" in view(transport, one.uuid).result.stderr
     assert (ran, statuses) == ([1], ["ABORTED"])
-    assert not dead(transport)
+    (letter,) = DeadLetters(transport, GROUP).list()
+    assert (letter.operation, letter.run, letter.position, letter.error_type) == (one.uuid, 1, 0, "AbortedError")
+    assert "aborted by ann: wrong prices" in letter.error
+
+
+def test_an_operation_that_was_aborted_is_resumed_at_that_step_on_purpose_only(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def step():
+        ran.append(1)
+
+    @registry.subscribe
+    class Both(Operation):
+        def build_tasks(self, **params):
+            return [step(), step()]
+
+    one = Both().build()
+    lone = step()
+    for made in (one, lone):
+        tell(transport, aborted(made.uuid))
+    one.launch()
+    lone.send()
+    start(control=True)
+    wait_for(lambda: view(transport, one.uuid).ended and view(transport, lone.uuid).ended)
+    letters = DeadLetters(transport, GROUP)
+    assert {letter.aborted for letter in letters.list()} == {True}
+    assert {outcome.status for outcome in letters.replay(letters.list())} == {"refused"}
+    assert ran == []
+    letters.resume(one.uuid)
+    letters.resume(lone.uuid)
+    wait_for(lambda: {view(transport, made.uuid).status for made in (one, lone)} == {"SUCCESS"})
+    assert len(ran) == 3
 
 
 def test_a_running_task_sees_that_it_was_aborted_and_what_it_sent_does_not_leave(registry, transport, start):
