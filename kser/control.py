@@ -56,7 +56,8 @@ __all__ = [
 
 #: Version of the values.
 VERSION: Final = 1
-#: How long an abort holds, in seconds: as long as messages stay in task topics.
+#: How long an abort holds, in seconds: as long as messages stay in task topics. What is delayed for longer comes into
+#: the hands of a relay every hour, which takes out what was aborted.
 KEEP_S: Final = 30 * 24 * 3600.0
 #: Longest wait for one answer about topics, in seconds.
 _ANSWER_S: Final = 10.0

@@ -198,8 +198,8 @@ def _await_end(reader: Reader, uuid: str, answer: AbortAnswer, group: str, deadl
             hinted = True
             click.echo(
                 f"kser: It has not ended for {_HINT_AFTER_S:g} s: its task does not look whether it is aborted, its "
-                f"message waits for its time or in a paused topic, no worker of group {group} runs, or there is no "
-                "such operation",
+                "message is in a paused topic or deep in a tier (then it takes an hour at most), no worker of group "
+                f"{group} runs, or there is no such operation",
                 err=True,
             )
     raise CommandFailed(

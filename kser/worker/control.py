@@ -19,8 +19,9 @@ from typing import Final
 from kser.control import KEEP_S, Abort, Change, ControlSet, Pause, PauseKind, control_topic, send_control
 from kser.errors import ConfigurationError, Error
 from kser.transport import Reader, Record, Transport
+from kser.worker.runner import Runner
 
-__all__ = ["ControlWatch"]
+__all__ = ["Aborted", "ControlWatch"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,33 @@ _CLOSE_S: Final = 2.0
 _WRITE_AGAIN_S: Final = 10.0
 
 _NONE: Final[frozenset[str]] = frozenset()
+
+
+class Aborted:
+    """Which messages belong to what people aborted.
+
+    Args:
+        watch: knows the aborts.
+        runner: reads the messages.
+
+    Thread rule: may be used from any thread.
+    """
+
+    def __init__(self, watch: "ControlWatch", runner: Runner) -> None:
+        self._watch = watch
+        self._runner = runner
+
+    @property
+    def version(self) -> int:
+        """Another one once more is aborted; 0: nothing ever was."""
+        return self._watch.version
+
+    def means(self, record: Record) -> bool:
+        """Whether the message in this record is to be run no more."""
+        if not self._watch.aborts:
+            return False
+        subject = self._runner.subject_of(record)
+        return subject is not None and self._watch.aborted(*subject) is not None
 
 
 class ControlWatch:

@@ -189,8 +189,19 @@ class Runner:
         work = self.open(record)
         return work if isinstance(work, Outcome) else self.execute(work)
 
-    def open(self, record: Record) -> "Work | Outcome":
-        """What a record asks for, or its Outcome when there is nothing to run. Runs hooks of the controller only."""
+    def subject_of(self, record: Record) -> tuple[str, int] | None:
+        """What an abort has to name to mean this record (see Work.subject); None when it cannot be read."""
+        try:
+            kmsg = self.controller.decode(record.value if record.value is not None else b"")
+            return Work(record, kmsg, None, Itinerary.of(kmsg), None, 1).subject
+        except Exception:  # noqa: BLE001 - data that is no message; a user's TRANSPORT may raise anything
+            return None
+
+    def open(self, record: Record, *, early: bool = False) -> "Work | Outcome":
+        """What a record asks for, or its Outcome when there is nothing to run. Runs hooks of the controller only.
+
+        ``early``: whether it is due does not matter.
+        """
         attempt = 1
         if record.headers:
             group = record.header(headers.GROUP)
@@ -198,7 +209,7 @@ class Runner:
                 return Outcome("foreign")
             attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
             not_before = headers.number(record.headers, headers.NOT_BEFORE)
-            if not_before and (left_ms := not_before - time.time() * 1000) > 0:
+            if not_before and not early and (left_ms := not_before - time.time() * 1000) > 0:
                 return Outcome("delayed", again_s=left_ms / 1000)
         try:
             kmsg = self.controller.decode(record.value if record.value is not None else b"")

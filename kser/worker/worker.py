@@ -17,7 +17,7 @@ from kser.errors import ConfigurationError, TransportError
 from kser.producer import max_message_bytes
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import TopicAdmin, Transport
-from kser.worker.control import ControlWatch
+from kser.worker.control import Aborted, ControlWatch
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
 from kser.worker.loop import Loop
@@ -230,7 +230,15 @@ class Worker:
                     health = HealthServer(self.health_port, self.status, self.health_host)
                     health.start()
                 if self.relay:
-                    self._relay = Relay(transport, self.group, self.name, delivery, on_lost_offset=self.on_lost_offset)
+                    aborted = Aborted(self._watch, runner) if self._watch is not None else None
+                    self._relay = Relay(
+                        transport,
+                        self.group,
+                        self.name,
+                        delivery,
+                        on_lost_offset=self.on_lost_offset,
+                        aborted=aborted,
+                    )
                     self._relay.start()
                 with stopping_on_signals(self.stop), _tuned():
                     self._loop.run(until_idle=until_idle)

@@ -687,6 +687,30 @@ def test_what_waits_for_its_next_attempt_is_aborted_at_once_and_a_later_run_is_n
     wait_for(lambda: len(ran) == 2)
 
 
+def test_what_waits_in_a_tier_is_aborted_at_once_and_what_is_not_due_yet_too(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def later():
+        ran.append(1)
+
+    waits = later()
+    waits.send(delay=4000)
+    start(control=True, relay=True)
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1h"))
+    tell(transport, aborted(waits.uuid))
+    wait_for(lambda: view(transport, waits.uuid).ended)
+    new = later()
+    tell(transport, aborted(new.uuid))
+    time.sleep(0.2)  # until the worker knows; nothing shows it
+    new.send(delay=4000)
+    wait_for(lambda: view(transport, new.uuid).ended)
+    assert {view(transport, task.uuid).status for task in (waits, new)} == {"ABORTED"}
+    assert ran == []
+    assert len(transport.records(f"{GROUP}.retry.1h")) == 1
+    assert len(dead(transport)) == 2
+
+
 def test_a_coroutine_is_cancelled_by_an_abort(registry, transport, start):
     inside = threading.Event()
 
