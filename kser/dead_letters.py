@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
-from kser.control import whoami
+from kser.control import complete_uuid, only_one, whoami
 from kser.errors import ConfigurationError, DeliveryError, Error, NotFound, StatusError, ValidationError
 from kser.events import Event, EventType, events_topic, read
 from kser.letters import DeadLetter, ReadLetter, is_called, matcher, place_of, read_letter
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["MAX_REDRIVES", "DeadLetter", "DeadLetters", "Found", "Purge", "Replay"]
 
+#: A name this long may be the beginning of a uuid.
+_BEGIN: Final = 8
 #: Events that say nothing of how far a run has come.
 _NO_PROGRESS: Final = frozenset({EventType.MESSAGE_REJECTED, EventType.RUN_SENT})
 #: A message that came back from the dead letters so often is not sent back again unless it is forced.
@@ -156,8 +158,20 @@ class DeadLetters:
         return Found(letters[:limit], total)
 
     def show(self, name: str) -> DeadLetter:
-        """The letter with this id, ``partition:offset``. Raises as several() does."""
-        return self.several([name])[0]
+        """The letter with this id, ``partition:offset``; or the last one of an operation, or of a message of none.
+
+        Args:
+            name: the id; or the uuid, or its beginning of at least 8 characters.
+
+        Raises as several() does, and ValidationError when several uuids begin so.
+        """
+        if ":" in name or len(name) < _BEGIN:
+            return self.several([name])[0]
+        uuid = only_one(name, (subject for letter in self.list(operation=name) if (subject := letter.subject)))
+        letters = self.list(operation=uuid)
+        if not letters:
+            raise NotFound(f"There is no dead letter of {name} in {self.topic}: give an id, or a uuid", extra={})
+        return max(letters, key=lambda letter: letter.generation)
 
     def several(self, ids: Iterable[str]) -> _Letters:
         """The letters of these ids, in that order, each once.
@@ -265,6 +279,19 @@ class DeadLetters:
             if outcome.status == "failed":
                 raise DeliveryError(f"The message that resumes {uuid} was not confirmed: {outcome.reason}")
         return outcome
+
+    def complete(self, begin: str) -> str:
+        """The uuid that begins so, of what the events or the dead letters tell of; ``begin`` when there is none.
+
+        Raises ValidationError when several begin so.
+        """
+        found = complete_uuid(self._transport, self.group, begin, self._timeout_s)
+        if found != begin or len(begin) < _BEGIN:
+            return found
+        try:
+            return only_one(begin, (letter.subject for letter in self.list(operation=begin)))
+        except NotFound:  # no dead letters at all
+            return begin
 
     # -- deleting ------------------------------------------------------------------------------------------------------
 

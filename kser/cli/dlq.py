@@ -159,6 +159,8 @@ def _sum(found: Found, letters: DeadLetters, filters: dict[str, Any]) -> str:
 def show(id: str, group: str | None, connection: Connection, output: str) -> None:  # noqa: A002 - click takes the name
     """Show one dead letter: what failed, where, why, and the message.
 
+    ID is that of `kser dlq list`; or a uuid, or its first 8 characters: then it is the last one of that operation.
+
     Values under names that look secret are masked.
     """
     letters = _letters(connection, group)

@@ -75,12 +75,14 @@ def resume(
     It is a new run of the same operation. Refused, with the reason, while the last run goes on, and when it ended well.
     Resumed twice at once, it is run once.
 
+    Of the UUID its first 8 characters will do, when no other begins so.
+
     A later step leaves out what lies between; an earlier one is run again with the message that it had.
     """
     letters = DeadLetters(connection.transport(), connection.group(group))
     try:
         with connection.patience():
-            outcome = letters.resume(uuid, params=params, step=step, dry_run=dry_run)
+            outcome = letters.resume(letters.complete(uuid), params=params, step=step, dry_run=dry_run)
     except StatusError as exc:  # a ValidationError, but of the operation, not of the command line
         raise CommandFailed(str(exc.message)) from exc
     if output == "json":

@@ -178,6 +178,8 @@ class Runner:
         self.controller = controller
         self.worker = worker
         self.wait_s = wait_s
+        #: Says who could run what names this entrypoint, with an itinerary of this version; "": nobody knows.
+        self.who_could_run: Callable[[str, int], str] = lambda _entrypoint, _itinerary: ""
         self.sequencer = Sequencer(controller, limit)
         self._group = group.encode()
         self._headers = ((headers.GROUP, self._group),)
@@ -386,6 +388,9 @@ class Runner:
         if left_s <= 0:
             return None
         reason = f"{error.message}, on worker {self.worker} of group {self._group.decode()}"
+        version = error.extra.get("version")
+        if who := self.who_could_run(kmsg.entrypoint, version if isinstance(version, int) else VERSION):
+            reason += f"; {who}"
         events = []
         if not waited_since:
             logger.warning(

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
 from kser import loading
-from kser.control import control_topic
+from kser.control import WorkerNote, control_topic
 from kser.controller import Controller
 from kser.errors import ConfigurationError, TransportError
 from kser.producer import max_message_bytes
+from kser.sequencing.itinerary import VERSION
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import TopicAdmin, Transport
 from kser.worker.control import Aborted, ControlWatch
@@ -218,7 +219,8 @@ class Worker:
             health = None
             try:
                 if self.control:
-                    self._watch = ControlWatch(transport, self.group)
+                    self._watch = ControlWatch(transport, self.group, note=self._note)
+                    runner.who_could_run = self._watch.who_could_run
                     self._watch.start()
                     if not self._watch.wait_ready(_TOLD_S):
                         raise TransportError(
@@ -291,6 +293,10 @@ class Worker:
                 "nobody: use at_least_once here, or a real Kafka"
             )
         return self.delivery or ("at_least_once" if embedded else "exactly_once")
+
+    def _note(self, now_ms: int) -> WorkerNote:
+        """What it tells of itself."""
+        return WorkerNote.of(self.name, self.controller.ENTRYPOINTS, VERSION, now_ms)
 
     def _pool(self, settings: Mapping[str, Any]) -> IsolatedPool | None:
         """The children for isolated tasks, and for those that may have crashed a worker."""

@@ -1357,3 +1357,32 @@ def test_what_was_aborted_is_not_replayed_with_all_the_others(tasks, shop, trans
     assert refused.exit_code == 1
     assert "somebody aborted it" in refused.output
     assert f"dlq replay {letter.id} --group {GROUP} --force" in kser("dlq", "show", letter.id).output
+
+
+def test_a_letter_is_shown_and_an_operation_resumed_by_the_begin_of_its_uuid(five, tasks, shop, kser, broken):
+    short = five.uuid[:8]
+    (letter,) = shop.letters.list()
+    assert f"Dead letter {letter.id} of group {GROUP}" in kser("dlq", "show", short).output
+    assert shop.letters.show(five.uuid) == letter
+    assert kser("operations", "resume", short, "--dry-run").exit_code == 0
+    shop.letters.resume(five.uuid)
+    shop.run()
+    assert shop.letters.show(short).run == 2
+    missing = kser("dlq", "show", "ffffffff")
+    assert missing.exit_code == 1
+    assert "There is no dead letter of ffffffff in g.dlq: give an id, or a uuid" in missing.output
+    assert kser("dlq", "show", "ffff").exit_code == 2
+    twins = ["abcdef01-1", "abcdef01-2"]
+    for uuid in twins:
+        lone(tasks, shop, uuid=uuid)
+    several = kser("dlq", "show", "abcdef01")
+    assert several.exit_code == 2
+    assert "2 uuids begin with abcdef01: abcdef01-1, abcdef01-2" in several.output
+    assert "2 uuids begin with" in kser("operations", "resume", "abcdef01").output
+    assert shop.letters.show(twins[0]).uuid == twins[0]
+
+
+def test_what_only_a_letter_tells_of_is_found_by_its_begin_too(shop, transport):
+    put(transport, Message("abcdef01-1", "shop.B").to_bytes())
+    assert shop.letters.complete("abcdef01") == "abcdef01-1"
+    assert DeadLetters(MemoryTransport(), GROUP).complete("abcdef01") == "abcdef01"

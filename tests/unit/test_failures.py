@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from kser import Message, Operation, OperationRegistry, Result, Retry, Task, headers
-from kser.control import Abort, Change, Pause, PauseKind, send_control
+from kser.control import Abort, Change, Pause, PauseKind, WorkerNote, send_control
 from kser.dead_letters import DeadLetters
 from kser.errors import ConfigurationError, MessageTooLargeError, TransportError, ValidationError
 from kser.events import EventType, read
@@ -375,6 +375,25 @@ def test_a_message_that_no_worker_here_can_run_waits_for_a_deploy_with_the_reaso
     assert (told.uuid, told.status) == ("u1", "PENDING")
     assert "shop.New" in told.note
     assert not dead(transport)
+
+
+def test_what_waits_for_a_deploy_says_which_worker_could_run_it(registry, transport, start):
+    @registry.task
+    def old():
+        pass
+
+    renamed = WorkerNote.of("w9", ["shop.NewName"], 1, int(time.time() * 1000))
+    tell(transport, Change(renamed.key, renamed))
+    sink = transport.sink()
+    start(control=True, name="w1")
+    for name in ("shop.NewName", "shop.NewNam"):
+        sink.deliver([OutRecord(TOPIC, b"k", Message("u", name).to_bytes())])
+    wait_for(lambda: len(events(transport, EventType.MESSAGE_WAITING)) == 2)
+    first, second = (event.note for event in events(transport, EventType.MESSAGE_WAITING))
+    assert first.endswith("on worker w1 of group g; w9 can run it")
+    assert second.endswith("on worker w1 of group g; no worker of the group can run it; they know shop.NewName")
+    (waits, _) = transport.records(f"{GROUP}.retry.10s")
+    assert "w9 can run it" in headers.text(waits.headers, headers.REASON)
 
 
 def test_when_it_has_waited_for_so_long_it_fails(registry, transport, start):
