@@ -51,6 +51,8 @@ _POLL_S = 0.2
 _HINT_AFTER_S = 10.0
 #: Names that are shown of what a worker knows; --format json has all.
 _NAMES: Final = 5
+#: How much alike a name has to be for one to be offered in its place.
+_CLOSE: Final = 0.8
 
 
 def _stacked(*decorators: Decorator) -> Decorator:
@@ -366,7 +368,8 @@ def _workers(transport: Transport, group: str) -> list[WorkerNote]:
 
 
 def _knows(note: WorkerNote) -> str:
-    names = sorted(note.entrypoints)
+    # What a script calls its own is known by another name, too, as a rule.
+    names = sorted(note.entrypoints, key=lambda name: (name.startswith("__main__."), name))
     more = len(names) - _NAMES
     told = f" and {more}{'' if note.complete else ' or'} more" if more > 0 else ""
     return _line(", ".join(names[:_NAMES])) + told
@@ -377,7 +380,7 @@ def _unknown_task(task: str, found: list[WorkerNote]) -> str:
     known = {name for note in found for name in note.entrypoints}
     if not found or task in known or not all(note.complete for note in found):
         return ""
-    close = difflib.get_close_matches(task, sorted(known), 3)
+    close = difflib.get_close_matches(task, sorted(known), 3, _CLOSE)
     meant = f" Is {' or '.join(map(_line, close))} meant?" if close else " `kser workers` lists what they know"
     return f"no worker knows a class {_line(task)}.{meant}"
 

@@ -57,6 +57,8 @@ _LEAVE_S: Final = 2.0
 #: Names of which it is remembered who knows them, and workers that are named for one.
 _ANSWERS: Final = 1000
 _NAMED: Final = 3
+#: How much alike names are of which one may be meant by the other.
+_CLOSE: Final = 0.8
 #: Seconds until something is written again.
 _WRITE_AGAIN_S: Final = 10.0
 
@@ -407,7 +409,7 @@ def _who_could(workers: Sequence[WorkerNote], entrypoint: str, itinerary: int) -
         more = f" and {len(able) - _NAMED} more" if len(able) > _NAMED else ""
         return f"{', '.join(able[:_NAMED])}{more} can run it"
     known = frozenset[str]().union(*(note.entrypoints for note in workers))
-    close = difflib.get_close_matches(entrypoint, sorted(known), _NAMED) if entrypoint not in known else []
+    close = difflib.get_close_matches(entrypoint, sorted(known), _NAMED, _CLOSE) if entrypoint not in known else []
     doubt = "" if all(note.complete for note in workers) else "tells that it "
     like = f"; they know {', '.join(close)}" if close else ""
     return f"no worker of the group {doubt}can run it{like}"

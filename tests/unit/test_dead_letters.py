@@ -1386,3 +1386,10 @@ def test_what_only_a_letter_tells_of_is_found_by_its_begin_too(shop, transport):
     put(transport, Message("abcdef01-1", "shop.B").to_bytes())
     assert shop.letters.complete("abcdef01") == "abcdef01-1"
     assert DeadLetters(MemoryTransport(), GROUP).complete("abcdef01") == "abcdef01"
+
+
+def test_of_what_cannot_be_read_the_list_says_why(transport, shop, kser):
+    transport.sink().deliver([OutRecord(TOPIC, b"k", b"<order/>")])
+    shop.run()
+    assert "(unreadable)" in kser("dlq", "list").output
+    assert "ValidationError: Not a JSON object: Expecting value" in kser("dlq", "list").output
