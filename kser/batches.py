@@ -22,6 +22,8 @@ __all__ = ["SERVED_EVERY", "Batch", "Lane", "LaneBatch", "Numbered", "SharedBatc
 
 #: Longest time one thread serves callbacks before it looks whether its own message was confirmed by another thread.
 _SLICE_S = 0.05
+#: Longest part of a timeout that is left for giving up, in seconds.
+_GIVING_UP_S = 0.15
 #: Longest time a batch that has a sink of its own serves callbacks before it looks whether it is time to give up.
 _LANE_SLICE_S = 0.25
 #: Messages a batch may have open before it waits for some: bounds memory, and what a dead broker can hold back.
@@ -326,7 +328,7 @@ class SharedBatch(Batch):
 
     def wait(self, timeout: float) -> None:
         """See Batch."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + timeout - _giving_up_s(timeout)
         why = _too_late(timeout)
         try:
             while self.open and (left := end - time.monotonic()) > 0:
@@ -378,7 +380,7 @@ class LaneBatch(Batch):
         """See Batch."""
         lane, base, why, known = self.lane, self.lane.base, _too_late(timeout), None
         try:
-            self.catch_up(timeout)
+            self.catch_up(timeout - _giving_up_s(timeout))
             if lane.settled < lane.handed:
                 known = set(lane.failed)
                 lane.give_up()
@@ -397,6 +399,11 @@ class LaneBatch(Batch):
             index = number - self.lane.base
             if index not in self.errors:
                 self.errors[index] = self.unconfirmed(index, why)
+
+
+def _giving_up_s(timeout: float) -> float:
+    """The part of a timeout that is left for giving up: the client takes a tenth of a second to drop what it has."""
+    return min(_GIVING_UP_S, timeout / 8)
 
 
 def become(result: Result, final: Result) -> None:

@@ -7,6 +7,7 @@ groups and transactional ids of its own. A test that breaks a broker on purpose 
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
@@ -21,6 +22,11 @@ MARKERS = {"apache": "apache", "apache3": "apache", "embedded": "embedded"}
 #: What the settings of a developer's shell would change in the code under test.
 OLD_VARIABLES = ("LOCK_PATH", "LOCK_FILE", "RUNNING_FILE", "TERMINATE_FILE")
 KEPT_VARIABLES = ("KSER_REQUIRE_", "KSER_TEST_KAFKA_CACHE")
+
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As in the background of a shell: what tests start and interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

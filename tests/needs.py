@@ -9,7 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import pytest
 
@@ -19,14 +19,8 @@ APACHE_KAFKA = "Apache Kafka"
 _VARIABLES = {APACHE_KAFKA: "KSER_REQUIRE_KAFKA"}
 
 
-class _Missing(NamedTuple):
-    name: str
-    reason: str
-    cure: str
-
-
-#: By the text of the skip, which is what pytest's reports tell of it.
-_missing: dict[str, _Missing] = {}
+#: The text of a skip, which is all that pytest's reports tell of it, also those of another process (pytest-xdist).
+_TEXT = re.compile(r"needs (?P<name>[^:]+): (?P<reason>.*?)(?: -- (?P<cure>.*))?", re.DOTALL)
 
 
 def need(name: str, reason: str, *, cure: str = "") -> NoReturn:
@@ -37,10 +31,9 @@ def need(name: str, reason: str, *, cure: str = "") -> NoReturn:
         reason: why it cannot be used, e.g. "no kcat on PATH".
         cure: what to do about it, in the imperative, e.g. "install the package kcat".
     """
-    text = f"needs {name}: {reason}" + (f"; {cure}" if cure else "")
+    text = f"needs {name}: {reason}" + (f" -- {cure}" if cure else "")
     if required(name):
         pytest.fail(f"{text} (required here by {required(name)})", pytrace=False)
-    _missing[text] = _Missing(name, reason, cure)
     pytest.skip(text, allow_module_level=True)
 
 
@@ -58,10 +51,11 @@ def summary(skipped: Iterable[Any]) -> list[str]:
         if isinstance(report.longrepr, tuple):
             counts[report.longrepr[2].removeprefix("Skipped: ")] += 1
     lines = []
-    for text, (name, reason, cure) in _missing.items():
-        if number := counts[text]:
+    for text, number in counts.items():
+        if found := _TEXT.fullmatch(text):
             tests = "1 test" if number == 1 else f"{number} tests"
-            lines.append(f"kser: {name} not available ({reason}): {tests} skipped" + (f"; {cure}" if cure else ""))
+            cure = f"; {found['cure']}" if found["cure"] else ""
+            lines.append(f"kser: {found['name']} not available ({found['reason']}): {tests} skipped{cure}")
     return lines
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from kser.confluent.transport import ConfluentTransport
 from kser.events import Event, OperationView, events_topic, read
-from kser.transport import Record, TopicSpec
+from kser.transport import Partition, Record, TopicSpec
+from kser.worker.offsets import decode
 
 ROOT = Path(__file__).resolve().parent.parent
 DICE = "tests.apps.dice:registry"
@@ -103,6 +104,23 @@ def records(bootstrap: str, topic: str) -> list[Record]:
             break
     reader.close()
     return found
+
+
+def unfinished(bootstrap: str, group: str, topic: str, partitions: int) -> int:
+    """How many records of a topic the group has not settled; markers of transactions count as records."""
+    source = ConfluentTransport({"bootstrap.servers": bootstrap}).source(group)
+    try:
+        left = 0
+        for position in source.committed([Partition(topic, number) for number in range(partitions)]):
+            end = source.watermarks(position.of)[1]
+            if position.offset < 0:
+                left += end
+                continue
+            found = decode(position.offset, position.metadata)
+            left += end - max(found.end, position.offset) + len(found.unfinished)
+        return left
+    finally:
+        source.close()
 
 
 def events(bootstrap: str, group: str) -> list[Event]:

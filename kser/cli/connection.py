@@ -104,6 +104,8 @@ class Connection:
 
     def group(self, given: str | None) -> str:
         """The consumer group: the option, else ``group.id``, else "kser"."""
+        if given is not None and not given.strip():
+            raise ConfigurationError("--group is empty: give the name of the consumer group, or leave it out")
         return given or str(self.kafka.get("group.id") or DEFAULT_GROUP)
 
     def topics(self, given: Sequence[tuple[str, int | None]] | None) -> list[str]:

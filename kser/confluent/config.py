@@ -16,6 +16,7 @@ from kser.confluent.logs import ClientState, logger
 from kser.confluent.properties import ALIASES, CONSUMER, KNOWN, PRODUCER
 from kser.errors import ConfigurationError
 from kser.masking import MASK, looks_secret
+from kser.results import shown
 from kser.transport.groups import checked_member_id
 
 __all__ = [
@@ -221,13 +222,14 @@ def producer_config(
 ) -> dict[str, Any]:
     """For a producer: idempotent with all acknowledgements, unless the user wants less; always so in transactions.
 
-    With ``failures_only`` it calls an ``on_delivery`` only with an error.
+    With ``failures_only`` it calls an ``on_delivery`` only with an error. Raises ConfigurationError for acks=0.
     """
     only = {"delivery.report.only.error": True} if failures_only else {}
     if transactional_id is None:
         if _text(user.get("acks", "all")) == "0":
-            logger.warning(
-                "Kafka property acks=0: what is sent counts as sent without a broker's word, and may be lost"
+            raise ConfigurationError(
+                "Kafka property acks=0: what is sent would count as sent without a broker's word; write all, or 1",
+                extra={"property": "acks"},
             )
         return _plain_producer(user) | only
     _warn_overridden(user, "acks", unless="all", why="transactions need it so")
@@ -271,6 +273,11 @@ def new_client(
 
 def _named_once(user: Mapping[str, Any]) -> dict[str, Any]:
     """The user's properties under one name each; None means not set; a list is joined with commas."""
+    if not isinstance(user, Mapping):
+        raise ConfigurationError(
+            f"The Kafka configuration is {shown(user)}: give a dict of librdkafka properties, as in "
+            '{"bootstrap.servers": "host:9092"}'
+        )
     config: dict[str, Any] = {}
     for given, value in user.items():
         if not isinstance(given, str):

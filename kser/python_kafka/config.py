@@ -222,6 +222,11 @@ def _translated(
     others: Mapping[str, tuple[str, _Translation]],
     other_kind: str,
 ) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise ConfigurationError(
+            f"The configuration is a {type(options).__name__}: give a dict of kafka-python's options, as in "
+            '{"bootstrap_servers": "host:9092"}'
+        )
     config: dict[str, Any] = {}
     for option, value in options.items():
         if option in _REFUSED:

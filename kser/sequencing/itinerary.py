@@ -10,12 +10,13 @@ It lies in ``metadata["kser"]`` of a message::
      "tasks": [ENTRY, ...],       only on the message of an Operation: the children it was composed of by hand
      "end": {...}}                only on an end message: the task that ended, and how
 
-    FRAME = {"uuid", "entrypoint", "params", "topic"?, "key"?, "metadata"?, "tasks": [ENTRY, ...]}
-    ENTRY = {"uuid", "entrypoint", "params", "topic"?, "key"?, "metadata"?, "tasks"?: [ENTRY, ...]}
+    FRAME = {"uuid", "entrypoint", "params", "topic"?, "key"?, "metadata"?, "hooks"?: true, "tasks": [ENTRY, ...]}
+    ENTRY = {"uuid", "entrypoint", "params", "topic"?, "key"?, "metadata"?, "tasks"?: [ENTRY, ...], "result"?: {...}}
 
 ``tasks`` of a frame are those still to run after this message; done ones leave it. A nested operation is one entry: the
 worker that reaches it builds its tasks and puts a frame of its own on top. An entry has ``tasks`` only when the
-operation was composed by hand.
+operation was composed by hand, and its Result when it is SUCCESS already and is not run again. A frame has ``hooks``
+when the end of the operation is for a worker that knows its class.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,11 +52,13 @@ class Entry(NamedTuple):
     metadata: dict[str, Any] = _NONE
     #: Children of an operation composed by hand, as they travel; None: whoever reaches it builds them.
     tasks: Sequence[Mapping[str, Any]] | None = None
+    #: What it gave, when it is SUCCESS already.
+    result: Mapping[str, Any] | None = None
 
     @classmethod
     def load(cls, data: Any) -> Self:
         """The entry in ``data``. Raises ItineraryError."""
-        return cls._make(_fields(data, None))
+        return cls._make((*_fields(data, None), _get(data, "result", dict, None)))
 
 
 class Frame(NamedTuple):
@@ -68,6 +71,8 @@ class Frame(NamedTuple):
     key: str | None = None
     metadata: dict[str, Any] = _NONE
     tasks: Sequence[Mapping[str, Any]] = ()
+    #: Whether its class has a say in its end: hooks, next(), set_status().
+    hooks: bool = False
 
     def dump(self) -> dict[str, Any]:
         """The frame as it travels."""
@@ -78,13 +83,15 @@ class Frame(NamedTuple):
             data["key"] = self.key
         if self.metadata:
             data["metadata"] = self.metadata
+        if self.hooks:
+            data["hooks"] = True
         data["tasks"] = self.tasks
         return data
 
     @classmethod
     def load(cls, data: Any) -> Self:
         """The frame in ``data``. Raises ItineraryError."""
-        return cls._make(_fields(data, []))
+        return cls._make((*_fields(data, []), _get(data, "hooks", bool, False)))
 
 
 class End(NamedTuple):

@@ -16,7 +16,7 @@ from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
 from kser.sequencing.plain_launch import send_first
-from kser.sequencing.task import ORIGINALS, Home, Task, UnregisteredTask, found, not_before
+from kser.sequencing.task import ORIGINALS, Home, Task, UnregisteredTask, facts_of, found, not_before
 from kser.status import Status
 
 __all__ = ["Operation", "name_failed_task"]
@@ -347,7 +347,7 @@ class Operation(Task):
         if task is None:
             if not self.tasks:
                 return Result(retcode=1, stderr=_EMPTY, uuid=self.uuid)
-            return self._send_step(self.tasks[0], result, new=True)
+            return self._launch_first(result)
         outcome = result if result is not None else task.result
         if task.status in (Status.FAILED, Status.ABORTED) and results.is_success(outcome):
             outcome = Result(retcode=1, stderr=f"{task!r} is {task.status}", uuid=task.uuid)
@@ -355,6 +355,18 @@ class Operation(Task):
         if following is None:
             return self.finish(task, outcome)
         return self._send_step(following, outcome, new=False)
+
+    def _launch_first(self, result: Result | None) -> Result:
+        """Send the first task that is not SUCCESS yet, with what the one before it gave; all are: finish."""
+        done = 0
+        while done < len(self.tasks) and self.tasks[done].status == Status.SUCCESS:
+            done += 1
+        if not done:
+            return self._send_step(self.tasks[0], result, new=True)
+        before = self.tasks[done - 1]
+        if done == len(self.tasks):
+            return self.finish(before, before.result)
+        return self._send_step(self.tasks[done], result if result is not None else before.result, new=True)
 
     def finish(self, task: Task, result: Result) -> Result:
         """End the operation with what its last ``task`` gave: set_status(), then onsuccess() or onerror().
@@ -426,6 +438,7 @@ class Operation(Task):
             key=self.key,
             metadata={k: v for k, v in self.metadata.items() if k != METADATA_KEY} if self.metadata else {},
             tasks=[task.to_entry(topic) for task in tasks if task.status != Status.SUCCESS],
+            hooks=not (EntrypointMeta.facts.get(type(self)) or facts_of(type(self))).ends,
         )
 
     def carried(self, topic: str | None) -> list[dict[str, Any]] | None:
@@ -462,6 +475,13 @@ ORIGINALS["launches"] = {
     for name in (
         *("__getattribute__", "launch_next", "_send_step", "frame", "home", "home_topic", "own_topic", "path"),
         *("idempotency_key", "set_status", "_set_status"),
+    )
+}
+ORIGINALS["ends"] = {
+    name: found(Operation, name)
+    for name in (
+        *("__init__", "__getattribute__", "__setattr__", "postinit", "next", "finish", "onsuccess", "onerror"),
+        *("postrun", "set_status", "_set_status", "_finish", "_mark", "status"),
     )
 }
 EntrypointMeta.facts = {}

@@ -92,9 +92,10 @@ def send_first(operation: "Operation") -> Result | None:
         or (result is not None and type(result) is not Result)
         or type(first.metadata) is not dict
         or home.transport is not Message
+        or first.status == _SUCCESS
     ):
         return None
-    frame = _frame(operation, facts.path, topic, near)
+    frame = _frame(operation, facts, topic, near)
     if frame is None:
         return None
     itinerary: dict[str, Any] = {"v": VERSION, "run": 1, "position": 0, "ops": [frame], "new": True}
@@ -117,32 +118,39 @@ def _facts(task: Any) -> Facts | None:
     return facts_of(type(task)) if isinstance(task, Task) else None
 
 
-def _frame(operation: "Operation", path: str, topic: str, near: str | None) -> dict[str, Any] | None:
+def _frame(operation: "Operation", facts: Facts, topic: str, near: str | None) -> dict[str, Any] | None:
     """operation.frame(topic, tasks).dump(), for the tasks after the first one; None where there is something else.
 
     ``near``: topic of its registry.
     """
-    frame: dict[str, Any] = {"uuid": operation.uuid, "entrypoint": path, "params": operation.params, "topic": topic}
+    frame: dict[str, Any] = {
+        "uuid": operation.uuid,
+        "entrypoint": facts.path,
+        "params": operation.params,
+        "topic": topic,
+    }
     if operation.key:
         frame["key"] = operation.key
     if operation.metadata:
         metadata = {k: v for k, v in operation.metadata.items() if k != METADATA_KEY}
         if metadata:
             frame["metadata"] = metadata
+    if not facts.ends:
+        frame["hooks"] = True
     known, home, entries = EntrypointMeta.facts, operation._home if topic == near else None, []
     for task in operation.tasks[1:]:
-        facts = known.get(type(task)) or _facts(task)
-        if facts is None:
+        step = known.get(type(task)) or _facts(task)
+        if step is None:
             return None
         own = task.__dict__
         if (
-            facts.home is home is not None
-            and facts.enters
+            step.home is home is not None
+            and step.enters
             and len(own) == _OF_TASK
             and not own.get("metadata", True)
             and "params" in own
         ):
-            entries.append({"uuid": own["uuid"], "entrypoint": facts.path, "params": own["params"]})
+            entries.append({"uuid": own["uuid"], "entrypoint": step.path, "params": own["params"]})
         elif task.status != _SUCCESS:
             entries.append(task.to_entry(topic))
     frame["tasks"] = entries

@@ -43,6 +43,7 @@ def is_plain(data: Any) -> bool:
             or type(frame.get("topic", "")) is not str
             or type(frame.get("key", "")) is not str
             or type(frame.get("metadata", _NONE)) is not dict
+            or type(frame.get("hooks", True)) is not bool
         ):
             return False
     return True
@@ -75,6 +76,8 @@ def next_step(data: dict[str, Any], topic: str) -> "tuple[str, str, str, str, di
             made["key"] = key = frame["key"]
         if frame.get("metadata"):
             made["metadata"] = frame["metadata"]
+        if frame.get("hooks"):
+            made["hooks"] = True
         made["tasks"] = frame["tasks"]
         frames.append(made)
     frames[-1]["tasks"] = tasks[1:]

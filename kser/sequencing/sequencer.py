@@ -212,13 +212,16 @@ class Sequencer:
         return out
 
     def operation_ended(self, result: Result, itinerary: Itinerary, topic: str) -> Consequences:
-        """An end message arrived: another worker saw the end of an operation whose class it does not know."""
+        """An end message arrived: another worker saw the end of an operation whose class it does not know.
+
+        Is it not known here either, the operation ends without its hooks.
+        """
         out = Consequences()
         end = itinerary.end
         assert end is not None
         task = self._revive(end.task)
         task.status, task.result = end.status, result
-        self._go_on(itinerary._replace(end=None), task, result, topic, out)
+        self._go_on(itinerary._replace(end=None), task, result, topic, out, handed_over=True)
         return out
 
     def aborted(self, task: Task, result: Result, itinerary: Itinerary | None) -> Consequences:
@@ -273,7 +276,16 @@ class Sequencer:
 
     # -- going on ----------------------------------------------------------------------------------------------------
 
-    def _go_on(self, itinerary: Itinerary, task: Task, result: Result, topic: str, out: Consequences) -> None:
+    def _go_on(
+        self,
+        itinerary: Itinerary,
+        task: Task,
+        result: Result,
+        topic: str,
+        out: Consequences,
+        *,
+        handed_over: bool = False,
+    ) -> None:
         """``task`` of the innermost operation ended with ``result``: its next task, else its end, and so on outward."""
         if results.is_success(result):
             failure = self._send_next(itinerary, result, topic, out) if itinerary.innermost.tasks else None
@@ -292,19 +304,22 @@ class Sequencer:
                 self._operation_over(itinerary.leave(), operation, final, topic, out)
                 return
         assert isinstance(operation, UnregisteredTask)
-        elsewhere = frame.topic is not None and frame.topic != topic
-        if elsewhere and self._hand_over_end(itinerary, task, result, out):
-            return
-        why = "its end message cannot be sent" if elsewhere else operation.why
-        logger.error(
-            "Operation %s[%s] ended %s without its hooks: %s on this worker of topic %s",
-            frame.entrypoint,
-            frame.uuid,
-            _status(result),
-            why,
-            topic,
-        )
-        note = f"hooks not run: {frame.entrypoint} {why} on the worker that saw the end"
+        note = ""
+        if frame.hooks or operation.why != UnregisteredTask.why:
+            # Where it cannot be made only another topic has workers that may know better.
+            elsewhere = not handed_over and (operation.why == UnregisteredTask.why or frame.topic not in (None, topic))
+            if elsewhere and self._hand_over_end(itinerary, task, result, frame.topic or topic, out):
+                return
+            why = "its end message cannot be sent" if elsewhere else operation.why
+            logger.error(
+                "Operation %s[%s] ended %s without its hooks: %s on this worker of topic %s",
+                frame.entrypoint,
+                frame.uuid,
+                _status(result),
+                why,
+                topic,
+            )
+            note = f"hooks not run: {frame.entrypoint} {why} on the worker that saw the end"
         if not results.is_success(result):
             result = name_failed_task(result, task, frame.uuid)
         elif operation.broken is not None:
@@ -419,28 +434,27 @@ class Sequencer:
             return results.from_exception(exc, itinerary.innermost.uuid)
         return None
 
-    def _hand_over_end(self, itinerary: Itinerary, task: Task, result: Result, out: Consequences) -> bool:
-        """Send the end of the innermost operation to its own topic, where a worker knows its class.
+    def _hand_over_end(self, itinerary: Itinerary, task: Task, result: Result, topic: str, out: Consequences) -> bool:
+        """Send the end of the innermost operation to its own ``topic``, where a worker knows its class, or will.
 
         False when no message can tell it, however short.
         """
         frame = itinerary.innermost
-        last = {k: v for k, v in task.to_entry(frame.topic).items() if k != "tasks"}
-        # Key and children are those of the task that ended: the end is a message of its operation.
+        last = {k: v for k, v in task.to_entry(frame.topic).items() if k not in ("tasks", "result")}
+        # Key and children are those of the task that ended: the end is a message of its operation. So is the Result.
         ended = itinerary._replace(end=End(last, _status(result)), key=None, children=None)
         metadata = {**frame.metadata, METADATA_KEY: ended.dump()}
         key = ended.key_of() or frame.uuid
-        assert frame.topic is not None
         # Its params are in its frame: once is enough. The end must be told, if need be with the reason why the Result
         # cannot be.
         try:
             kmsg = Message(frame.uuid, frame.entrypoint, None, result, metadata)
-            out.messages.append(self._outgoing(kmsg, frame.topic, key))
+            out.messages.append(self._outgoing(kmsg, topic, key))
         except ValidationError as exc:
             try:
                 short = Result(uuid=frame.uuid, retcode=exc.code or 1, stderr=str(exc.message))
                 kmsg = Message(frame.uuid, frame.entrypoint, None, short, metadata)
-                out.messages.append(self._outgoing(kmsg, frame.topic, key))
+                out.messages.append(self._outgoing(kmsg, topic, key))
             except ValidationError:
                 return False
         return True

@@ -330,6 +330,8 @@ class Task(Entrypoint):
         carried = self.carried(own or topic)
         if carried is not None:
             entry["tasks"] = carried
+        if self.status == Status.SUCCESS:
+            entry["result"] = results.dump(self.result)
         return entry
 
     def carried(self, topic: str | None) -> list[dict[str, Any]] | None:  # noqa: ARG002 - for operations
@@ -340,7 +342,8 @@ class Task(Entrypoint):
     def from_entry(cls, entry: Entry, find: Finder) -> "Task":
         """The task an entry names; an UnregisteredTask when its class is not known here."""
         found = find(entry.entrypoint)
-        kmsg = Message(entry.uuid, entry.entrypoint, dict(entry.params), None, dict(entry.metadata))
+        given = dict(entry.result) if entry.result is not None else None
+        kmsg = Message(entry.uuid, entry.entrypoint, dict(entry.params), given, dict(entry.metadata))
         task = (found if found is not None and issubclass(found, Task) else UnregisteredTask).from_Message(kmsg)
         if isinstance(task, UnregisteredTask):
             task.entrypoint = entry.entrypoint
@@ -350,6 +353,8 @@ class Task(Entrypoint):
             task.key = entry.key
         if entry.tasks is not None:
             task.adopt(entry.tasks, find)
+        if given is not None:
+            task.status = Status.SUCCESS
         return task
 
     def adopt(self, children: Sequence[Mapping[str, Any]], find: Finder) -> None:
@@ -402,7 +407,7 @@ class Facts:
     Each is a set of names, empty when the class changed one of them; an object may still have its own.
     """
 
-    __slots__ = ("enters", "home", "launches", "path", "runs", "sends")
+    __slots__ = ("ends", "enters", "home", "launches", "path", "runs", "sends")
 
     def __init__(self, cls: type[Entrypoint]) -> None:
         order = cls.__mro__
@@ -418,6 +423,8 @@ class Facts:
         self.sends = same["sends"]
         #: What launch() of an operation asks.
         self.launches = same.get("launches", _NONE)
+        #: What the end of an operation asks.
+        self.ends = same.get("ends", _NONE)
         #: What to_entry() asks; only where it says uuid, entrypoint, params, and topic and metadata if they are there.
         self.enters = same["enters"] if not any(found(cls, name) for name in ("uuid", "params", "metadata")) else _NONE
         self.path = wire_name(cls)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from kser.controller import Controller
+from kser.errors import ConfigurationError
 from kser.transport import Transport
 from kser.worker.worker import Worker
 
@@ -29,6 +30,8 @@ class BaseConsumer:
     def __init__(self, transport: Transport, group: str, topics: Sequence[str], max_poll_records: int = 500) -> None:
         self.transport = transport
         self.group = group
+        if topics is None or not topics:
+            raise ConfigurationError(f"topics={topics!r}: give a topic, or a list of them")
         self.topics = [topics] if isinstance(topics, str) else list(topics)
         self.max_poll_records = max_poll_records
         self.worker: Worker | None = None

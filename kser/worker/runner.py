@@ -318,7 +318,15 @@ class Runner:
 
     def _end(self, work: Work, itinerary: Itinerary, outbox: _Outbox) -> Outcome:
         kmsg, topic = work.kmsg, work.record.topic
-        outcome = self._outcome("done", self.sequencer.operation_ended(kmsg.result, itinerary, topic), outbox)
+        try:
+            self.controller.lookup(kmsg)
+        except EntrypointNotFoundError as exc:
+            wait = self._wait(work.record, kmsg, exc)
+            if wait is not None:
+                return wait
+        consequences = self.sequencer.operation_ended(kmsg.result, itinerary, topic)
+        outcome = self._outcome("done", consequences, outbox)
+        self._keep_failed_end(outcome, consequences, work)
         outcome.refused = lambda error: self._refused(
             error, work, lambda failure: self.sequencer.operation_ended(failure, itinerary, topic)
         )
@@ -403,6 +411,9 @@ class Runner:
             except Error:
                 itinerary = None  # of a newer release: whoever can read it tells the rest
             event = step_event(task, results.from_exception(error, kmsg.uuid), itinerary)
+            if event.parent == event.uuid and itinerary is not None:  # what waits is the operation's own end
+                around = itinerary.leave()
+                event = event._replace(parent=around.innermost.uuid if around.frames else None)
             events = [event._replace(type=EventType.MESSAGE_WAITING, status=Status.PENDING, note=reason)]
         return Outcome(
             "waiting",
@@ -420,7 +431,19 @@ class Runner:
         outcome.refused = partial(self._task_refused, task, work)
         if outcome.kind == "failed":
             self._keep(outcome.records, work.record, work.kmsg, result, work.attempt)
+        else:
+            self._keep_failed_end(outcome, consequences, work)
         return outcome
+
+    def _keep_failed_end(self, outcome: Outcome, consequences: Consequences, work: Work) -> None:
+        """Add the dead letter of a message whose task went well, when the operation around it failed all the same.
+
+        Its next message could not be sent, or a hook of its end raised.
+        """
+        for event in consequences.events:
+            if event.type == EventType.OPERATION_ENDED and event.status == Status.FAILED:
+                self._keep(outcome.records, work.record, work.kmsg, event.result or work.kmsg.result, work.attempt)
+                return
 
     def _keep(
         self, records: list[OutRecord], record: Record, kmsg: Message | None, result: Result, attempt: int = 1

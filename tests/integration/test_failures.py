@@ -1,19 +1,21 @@
 """What fails on real brokers and processes: crash loops, attempts under kill -9, dead letters."""
 
+import contextlib
+import subprocess
+import sys
 import time
 import uuid
 from collections import Counter
 
 import pytest
 
-from kser import headers
+from kser import control, headers
 from kser.confluent.producer import Producer
 from kser.confluent.transport import ConfluentTransport
-from kser.events import EventType, read
-from kser.transport import Partition
-from kser.worker.offsets import decode
+from kser.events import EventType, OperationView, read
+from kser.loading import find_class, load
 from tests.apps import failing
-from tests.processes import new_topic, process, records, wait_for
+from tests.processes import ROOT, environment, new_topic, process, records, unfinished, views, wait_for
 
 FAST = ("-X", "session.timeout.ms=3000", "-X", "heartbeat.interval.ms=500")
 
@@ -29,35 +31,39 @@ class Group:
         self.runs.touch()
         self.log = folder / "workers.log"
 
-    def workers(self, *options):
+    def workers(self, *options, app="tests.apps.failing:registry"):
         return process(
-            *("-m", "kser", "worker", "tests.apps.failing:registry", "--topics", self.topic, "--group", self.name),
+            *("-m", "kser", "worker", app, "--topics", self.topic, "--group", self.name),
             *("--bootstrap-servers", self.bootstrap, "--log-level", "warning", *FAST, *options),
             log=self.log,
             RUNS=str(self.runs),
         )
+
+    def kser(self, *args):
+        """A `kser` command, begun."""
+        where = ("--bootstrap-servers", self.bootstrap, "--group", self.name)
+        return subprocess.Popen(
+            [sys.executable, "-m", "kser", *args, *where],
+            cwd=ROOT,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def transport(self):
+        return ConfluentTransport({"bootstrap.servers": self.bootstrap})
+
+    def view(self, uuid):
+        """What the events say of an operation so far."""
+        return views(self.bootstrap, self.name).get(uuid) or OperationView(uuid)
 
     def noted(self):
         """What ran, and in which process, in the order in which it began."""
         return [line.rsplit(" ", 1) for line in self.runs.read_text().splitlines()]
 
     def unfinished(self):
-        """How many records are not settled."""
-        transport = ConfluentTransport({"bootstrap.servers": self.bootstrap})
-        source = transport.source(self.name)
-        try:
-            partitions = [Partition(self.topic, n) for n in range(self.partitions)]
-            left = 0
-            for position in source.committed(partitions):
-                end = source.watermarks(position.of)[1]
-                if position.offset < 0:
-                    left += end
-                    continue
-                found = decode(position.offset, position.metadata)
-                left += end - max(found.end, position.offset) + len(found.unfinished)
-            return left
-        finally:
-            source.close()
+        return unfinished(self.bootstrap, self.name, self.topic, self.partitions)
 
     def dead(self):
         return records(self.bootstrap, f"{self.name}.dlq")
@@ -135,7 +141,7 @@ def test_each_attempt_counts_once_while_workers_are_killed_and_the_exhausted_are
 @pytest.mark.apache
 def test_delayed_messages_that_fell_due_while_no_worker_ran_run_once(group):
     at = group()
-    count = 200
+    count = 500
     with Producer({"bootstrap.servers": at.bootstrap}) as producer:
         failing.registry.configure(producer=producer, topic=at.topic)
         with producer.batch():
@@ -151,6 +157,166 @@ def test_delayed_messages_that_fell_due_while_no_worker_ran_run_once(group):
             wait_for(lambda: len(at.noted()) >= count, 60, "all of them")
             wait_for(lambda: at.unfinished() <= at.partitions, 30, "all settled")
     assert Counter(what for what, _ in at.noted()) == {f"good {n} 1": 1 for n in range(count)}
+
+
+@pytest.mark.apache
+def test_an_operation_resumed_twice_at_once_runs_once_more_from_the_step_that_failed(group):
+    """By two processes at the same time; an abort of the run that failed, sent before, does not stop the new run."""
+    at = group()
+    with Producer({"bootstrap.servers": at.bootstrap}) as producer:
+        failing.registry.configure(producer=producer, topic=at.topic)
+        operation = failing.Fifth().build()
+        assert operation.launch().retcode == 0
+        with at.workers("--processes", "2"):
+            wait_for(lambda: at.view(operation.uuid).status == "FAILED", 60, "its failure")
+            told = control.abort(operation.uuid, run=1, group=at.name, transport=at.transport())
+            assert told.abort.run == 1
+            resume = ("operations", "resume", operation.uuid, "--params", '{"well": true}')
+            both = [at.kser(*resume) for _ in range(2)]
+            said = [child.communicate(timeout=60) for child in both]
+            assert 0 in [child.returncode for child in both], said
+            view = wait_for(lambda: (v := at.view(operation.uuid)).run == 2 and v.ended and v, 60, f"its end: {said}")
+            wait_for(lambda: at.unfinished() <= 2 * at.partitions, 30, "all settled")
+    assert view.status == "SUCCESS"
+    ran = Counter(what.split()[1].removeprefix(f"{operation.uuid}.") for what, _ in at.noted())
+    assert ran == {"1": 1, "2": 1, "3": 2, "4": 1, "5": 1}
+    started = [event for event in at.events() if event.type == EventType.OPERATION_STARTED]
+    assert Counter(event.run for event in started) == {1: 1, 2: 1}
+
+
+LAUNCHES = """
+import sys
+from kser.confluent.producer import Producer
+from tests.apps import failing
+
+with Producer({"bootstrap.servers": sys.argv[1]}) as producer:
+    failing.registry.configure(producer=producer, topic=sys.argv[2])
+    for _ in range(50):
+        operation = failing.Fifth(params={"well": True}, idempotency_key="order 7").build()
+        assert operation.launch().retcode == 0
+    print(operation.uuid)
+"""
+
+
+@pytest.mark.apache
+def test_a_key_launched_200_times_by_four_processes_during_rebalances_starts_one_operation(group):
+    at = group()
+    with at.workers("--name", "one") as one, contextlib.ExitStack() as more:
+        launching = [
+            subprocess.Popen(
+                [sys.executable, "-c", LAUNCHES, at.bootstrap, at.topic],
+                cwd=ROOT,
+                env=environment(),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        more.enter_context(at.workers("--name", "two"))
+        more.enter_context(at.workers("--name", "three"))
+        wait_for(at.noted, 60, "the first step")
+        one.terminate()
+        uuids = {child.communicate(timeout=60)[0].strip() for child in launching}
+        assert [child.returncode for child in launching] == [0] * 4
+        (name,) = uuids
+        wait_for(lambda: at.view(name).ended, 60, "its end")
+        wait_for(lambda: at.unfinished() <= 2 * at.partitions, 60, "all settled")
+    assert at.view(name).status == "SUCCESS"
+    assert Counter(what.split()[1].removeprefix(f"{name}.") for what, _ in at.noted()) == dict.fromkeys("12345", 1)
+    assert Counter(event.type for event in at.events()) == {
+        EventType.OPERATION_STARTED: 1,
+        EventType.STEP_DONE: 5,
+        EventType.OPERATION_ENDED: 1,
+    }
+
+
+OLD_RELEASE = """
+from kser import Operation, OperationRegistry, Task
+registry = OperationRegistry()
+
+@registry.subscribe(name="shop.Reserve")
+class Reserve(Task):
+    def run(self): pass
+
+@registry.subscribe(name="shop.Pay")
+class Pay(Task):
+    def run(self): pass
+
+@registry.subscribe(name="shop.Order")
+class Order(Operation):
+    def build_tasks(self, **params):
+        return [Reserve(), Pay(), Reserve()]
+"""
+NEW_RELEASE = """
+from kser import Operation, OperationRegistry, Task
+registry = OperationRegistry()
+
+@registry.subscribe(name="shop.Reserve")
+class Reserve(Task):
+    def run(self): pass
+
+@registry.subscribe(name="shop.Charge", aliases=["shop.Pay"])
+class Charge(Task):
+    def run(self): pass
+
+@registry.subscribe(name="shop.Order", aliases=["shop.OldOrder"])
+class Order(Operation):
+    def build_tasks(self, **params):
+        return [Reserve(), Charge(), Reserve()]
+
+@registry.subscribe(name="shop.Gift")
+class Gift(Operation):
+    def build_tasks(self, **params):
+        return [Charge(), Order()]
+"""
+
+
+@pytest.mark.apache
+def test_a_rolling_deploy_loses_no_operation_of_either_release(group, tmp_path):
+    """Workers of the old release are replaced one by one; operations of both are launched all the while."""
+    at = group(partitions=4)
+    releases = {}
+    for name, text in (("old", OLD_RELEASE), ("new", NEW_RELEASE)):
+        releases[name] = tmp_path / f"{name}.py"
+        releases[name].write_text(text)
+    new = load(f"{releases['new']}:registry")
+    old = load(f"{releases['old']}:registry")
+    launched = []
+
+    def launch(count):
+        with Producer({"bootstrap.servers": at.bootstrap}) as producer, producer.batch():
+            for loaded, name in ((old, "shop.Order"), (new, "shop.Order"), (new, "shop.Gift")):
+                loaded.configure(producer=producer, topic=at.topic)
+                for _ in range(count):
+                    operation = find_class(loaded, name)().build()
+                    operation.launch()
+                    launched.append(operation.uuid)
+
+    def workers(release):
+        return at.workers("--drain", "5", app=f"{releases[release]}:registry")
+
+    with workers("old") as first, workers("old") as second:
+        launch(20)
+        wait_for(lambda: any(view.ended for view in views(at.bootstrap, at.name).values()), 60, "the first end")
+        with workers("new"):
+            first.terminate()
+            assert first.wait(30) == 0
+            launch(20)
+            with workers("new"):
+                second.terminate()
+                assert second.wait(30) == 0
+                launch(20)
+                wait_for(
+                    lambda: sum(view.ended for view in views(at.bootstrap, at.name).values()) >= len(launched),
+                    90,
+                    "all ends",
+                )
+    found = views(at.bootstrap, at.name)
+    assert set(found) == set(launched)
+    assert Counter(view.status for view in found.values()) == {"SUCCESS": len(launched)}
+    waited = [event for event in at.events() if event.type == EventType.MESSAGE_WAITING]
+    assert waited
+    assert all("not registred" in event.note for event in waited), waited[0].note
 
 
 def retrying(at):

@@ -1,6 +1,7 @@
 """Operations over a real Apache Kafka: many workers, kill -9, and what the events say of it."""
 
 import collections
+import contextlib
 import json
 import os
 import signal
@@ -33,18 +34,29 @@ def service(bootstrap):
     registry.producer, registry.topic = None, None
 
 
+@contextlib.contextmanager
+def two_workers(bootstrap, topic, group, log):
+    """Two processes, by their names, each with three of the six partitions.
+
+    Without that the first would be done with everything before the second has begun.
+    """
+    ports = dict(zip(("one", "two"), free_ports(2, None), strict=True))
+    with contextlib.ExitStack() as both:
+        workers = {
+            name: both.enter_context(worker(bootstrap, topic, group, log, name, "--health", str(port)))
+            for name, port in ports.items()
+        }
+        for name, port in ports.items():
+            wait_for(lambda port=port: (said := ready(port)) and said["partitions"] == 3, 30, f"the share of {name}")
+        yield workers
+
+
 def test_300_operations_run_by_two_workers_all_succeed(bootstrap, service, tmp_path):
     """300 operations from one process, two worker processes, six partitions: all SUCCESS, both worked."""
     topic, group = new_topic(bootstrap, partitions=6), f"g{uuid.uuid4().hex[:8]}"
     registry.configure(producer=service, topic=topic)
     log = tmp_path / "workers.log"
-    ports = {name: str(port) for name, port in zip(("one", "two"), free_ports(2, None), strict=True)}
-    with (
-        worker(bootstrap, topic, group, log, "one", "--health", ports["one"]) as one,
-        worker(bootstrap, topic, group, log, "two", "--health", ports["two"]) as two,
-    ):
-        for name, port in ports.items():  # or the first would be done with all of them before the second has begun
-            wait_for(lambda port=port: (said := ready(port)) and said["partitions"] == 3, 30, f"the share of {name}")
+    with two_workers(bootstrap, topic, group, log) as workers:
         with service.batch():
             operations = [Launch(params={"sleep": 0.005}).build() for _ in range(300)]
             for operation in operations:
@@ -55,9 +67,9 @@ def test_300_operations_run_by_two_workers_all_succeed(bootstrap, service, tmp_p
             return len(found) == 300 and all(view.ended for view in found.values()) and found
 
         found = wait_for(all_ended, 60, "the end of 300 operations")
-        for child in (one, two):
+        for child in workers.values():
             child.send_signal(signal.SIGTERM)
-        assert [one.wait(20), two.wait(20)] == [0, 0], log.read_text()[-2000:]
+        assert [child.wait(20) for child in workers.values()] == [0, 0], log.read_text()[-2000:]
     assert {operation.uuid for operation in operations} == set(found)
     assert collections.Counter(view.status for view in found.values()) == {"SUCCESS": 300}
     assert all(len(view.steps) == 3 for view in found.values())
@@ -66,26 +78,29 @@ def test_300_operations_run_by_two_workers_all_succeed(bootstrap, service, tmp_p
 
 
 def test_an_operation_whose_worker_is_killed_between_two_rolls_is_finished_by_the_other(bootstrap, service, tmp_path):
-    topic, group = new_topic(bootstrap, partitions=1), f"g{uuid.uuid4().hex[:8]}"
+    topic, group = new_topic(bootstrap, partitions=6), f"g{uuid.uuid4().hex[:8]}"
     registry.configure(producer=service, topic=topic)
     tell, log = tmp_path / "rolls", tmp_path / "workers.log"
-    with worker(bootstrap, topic, group, log, "first") as first:
+
+    def rolls():
+        return [line.split() for line in tell.read_text().splitlines()] if tell.exists() else []
+
+    with two_workers(bootstrap, topic, group, log) as workers:
         operation = Launch(params={"sleep": 1, "tell": str(tell)}).build()
         assert operation.launch().retcode == 0
-        wait_for(lambda: tell.exists() and len(tell.read_text().splitlines()) >= 2, 30, "the second roll")
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait(10)
-        with worker(bootstrap, topic, group, log, "second"):
-            view = wait_for(
-                lambda: (v := views(bootstrap, group).get(operation.uuid)) and v.ended and v,
-                90,
-                f"the end of {operation.uuid}: {log.read_text()[-1500:]}",
-            )
+        wait_for(lambda: len(rolls()) >= 2, 30, "the second roll")
+        victim = next(name for name, child in workers.items() if child.pid == int(rolls()[0][1]))
+        os.kill(workers[victim].pid, signal.SIGKILL)
+        view = wait_for(
+            lambda: (v := views(bootstrap, group).get(operation.uuid)) and v.ended and v,
+            90,
+            f"the end of {operation.uuid}: {log.read_text()[-1500:]}",
+        )
+    (other,) = workers.keys() - {victim}
     assert view.status == "SUCCESS"
-    assert [step.worker for step in view.steps] == ["first", "second", "second"]
-    lines = [line.split() for line in tell.read_text().splitlines()]
-    assert len({uuid for uuid, _, _ in lines}) == 3  # the roll that was killed ran again, under the same uuid
-    assert len(lines) == 4
+    assert [step.worker for step in view.steps] == [victim, other, other]
+    assert len({uuid for uuid, _, _ in rolls()}) == 3  # the roll that was killed ran again, under the same uuid
+    assert len(rolls()) == 4
 
 
 def test_a_worker_killed_between_expanding_and_committing_makes_the_same_children(bootstrap, service, tmp_path):

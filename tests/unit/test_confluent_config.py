@@ -257,7 +257,7 @@ def test_a_producer_confirms_everything_by_all_replicas_and_places_keys_as_java_
     assert not set(config) & CONSUMER
 
 
-@pytest.mark.parametrize("less", [{"acks": 1}, {"acks": "0"}, {"retries": 0}, {"max.in.flight": 10}])
+@pytest.mark.parametrize("less", [{"acks": 1}, {"acks": "1"}, {"retries": 0}, {"max.in.flight": 10}])
 def test_a_user_who_wants_less_gets_a_producer_without_idempotence_but_transactions_as_they_must_be(less):
     user = checked(BROKER | less)
     assert producer_config(user)["enable.idempotence"] is False
@@ -267,10 +267,17 @@ def test_a_user_who_wants_less_gets_a_producer_without_idempotence_but_transacti
     new_client(Producer, transactional)
 
 
-def test_acks_0_is_warned_about(caplog):
-    producer_config(checked(BROKER | {"acks": 0}))
-    assert "acks=0" in caplog.text
-    assert [r.levelname for r in caplog.records] == ["WARNING"]
+def test_acks_0_is_refused_for_a_producer_because_nothing_would_ever_be_confirmed():
+    """K-96. A consumer made of the same properties does not mind."""
+    with pytest.raises(ConfigurationError, match="write all, or 1"):
+        producer_config(checked(BROKER | {"acks": 0}))
+    consumer_config(checked(BROKER | {"acks": 0}), "g")
+
+
+@pytest.mark.parametrize("given", [None, "127.0.0.1:9092", ["bootstrap.servers"]])
+def test_what_is_no_mapping_is_refused(given):
+    with pytest.raises(ConfigurationError, match="give a dict of librdkafka properties"):
+        checked(given)
 
 
 def test_transactions_end_soon_and_longer_timeouts_of_the_user_are_no_obstacle():

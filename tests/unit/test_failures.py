@@ -357,6 +357,56 @@ def test_a_message_that_is_not_due_waits(registry, transport, start):
     assert len(ran) == 1
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_operation_that_fails_after_its_last_task_leaves_a_letter_to_resume_it_from(
+    registry, transport, start, nested
+):
+    """A hook of its end raised, say: the task went well, and its message is kept all the same."""
+    ran, away = [], [True]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            ran.append(self.params["n"])
+
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self):
+            return [Step(params={"n": n}) for n in (1, 2)]
+
+        def onsuccess(self, result):
+            if away:
+                raise ConnectionError("no database")
+            return result
+
+    start()
+    operation = Operation(tasks=[Order()]) if nested else Order().build()
+    assert operation.launch().retcode == 0
+    wait_for(lambda: view(transport, operation.uuid).status == "FAILED")
+    (letter,) = dead(transport)
+    assert "no database" in headers.text(letter.headers, headers.ERROR)
+    away.clear()
+    DeadLetters(transport, GROUP).resume(operation.uuid)
+    wait_for(lambda: view(transport, operation.uuid).status == "SUCCESS")
+    assert ran == [1, 2, 2]
+    assert view(transport, operation.uuid).run == 2
+
+
+def test_an_operation_whose_next_message_cannot_be_sent_leaves_a_letter(registry, transport, start):
+    @registry.subscribe
+    class Much(Task):
+        def run(self):
+            return Result(retval={self.uuid: "x" * 500_000})
+
+    start()
+    operation = Operation(tasks=[Much(), Much(), Much()])
+    operation.launch()
+    wait_for(lambda: view(transport, operation.uuid).status == "FAILED")
+    (letter,) = dead(transport)
+    assert Message.loads(letter.value).uuid == operation.tasks[1].uuid
+    assert "the limit is" in headers.text(letter.headers, headers.ERROR)
+
+
 # -- nobody can run it -------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from kser import Controller, Message, Operation, OperationRegistry, Result, Status, Task
-from kser.events import EventType
+from kser.events import Event, EventType
 from kser.results import is_success
 from kser.sequencing.itinerary import MAX_DEPTH, METADATA_KEY, Itinerary
 from tests.unit.fakes import Group, raw, record
@@ -397,7 +397,7 @@ def split():
             return result
 
     only_steps.controller.register(FarStep.path, FarStep)
-    return SimpleNamespace(group=group, kind=Noted, far_step=FarStep, noted=noted)
+    return SimpleNamespace(group=group, kind=Noted, far_step=FarStep, noted=noted, everything=everything)
 
 
 def test_an_end_seen_where_the_class_is_unknown_is_handled_on_the_operations_topic(split):
@@ -415,6 +415,47 @@ def test_an_end_seen_where_the_class_is_unknown_is_handled_on_the_operations_top
     assert noted == [("RUNNING->SUCCESS", [task]), ("onsuccess", "far")]
     end = group.end_of(operation.uuid)
     assert (end.status, end.result.retval, end.note, end.position) == ("SUCCESS", {"x": 1}, "", 1)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_operation_whose_class_has_no_say_in_its_end_ends_wherever_its_last_task_does(split, registry, fails):
+    class Plain(Operation):
+        def build_tasks(self, **kwargs):
+            return [split.far_step(params=kwargs)]
+
+    split.everything.subscribe(Plain)
+    operation = Plain(params={"fails": fails}).build()
+    operation.launch()
+    split.group.run()
+    assert [m.topic for m in split.group.messages] == ["steps"]
+    end = split.group.end_of(operation.uuid)
+    assert (end.status, end.note) == ("FAILED" if fails else "SUCCESS", "")
+    assert ("failed_task" in end.result.retval) is fails
+
+
+def test_an_end_whose_class_nobody_here_knows_waits_for_a_worker_of_the_topic_that_does(split):
+    """While a new release is rolled out one worker of a topic knows it, and another one not yet."""
+    group, kind, noted = split.group, split.kind, split.noted
+    operation = kind(params={"x": 1}).build()
+    operation.topic = "steps"
+    operation.launch()
+    group.run_one()
+    (end,) = group.queue
+    assert end.topic == "steps"
+    noted.clear()
+    group.runners["steps"].wait_s = 60
+    outcome = group.runners["steps"].run(end)
+    assert (outcome.kind, outcome.again_s) == ("waiting", 10)
+    told = Event.loads(outcome.records[0].value)
+    assert (told.type, told.uuid, told.operation, told.parent) == (
+        *(EventType.MESSAGE_WAITING, operation.uuid),
+        *(operation.uuid, None),
+    )
+    assert kind.path in told.note
+    group.runners["steps"] = group.runners["ops"]  # the new release
+    group.run()
+    assert [name for name, _ in noted] == ["RUNNING->SUCCESS", "onsuccess"]
+    assert group.end_of(operation.uuid).note == ""
 
 
 def test_a_failed_end_is_handed_over_too_and_names_the_task(split):
@@ -665,6 +706,28 @@ def test_k65_tasks_that_are_success_already_are_not_sent(group, step, registry):
     assert [e.result.stdout for e in group.steps] == ["step 1"]
     assert group.end_of("op").result.retval == {"stored": True, "s1": True}
     assert (group.end_of("all").status, group.end_of("all").result.stdout) == ("SUCCESS", "stored")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("how", ["launch", "send"])
+def test_k65_what_is_success_already_in_an_operation_composed_by_hand_is_not_run_again(group, step, how, nested):
+    done = step(params={"n": 0}, status="SUCCESS", result=Result(stdout="stored", retval={"stored": True}))
+    later = step(params={"n": 2}, status="SUCCESS", result=Result(stdout="later"))
+    operation = Operation(uuid="op", tasks=[done, step(params={"n": 1}), later, step(params={"n": 3})])
+    if nested:
+        operation = Operation(uuid="outer", tasks=[operation])
+    getattr(operation, how)()
+    group.run()
+    assert [e.result.stdout for e in group.steps] == ["step 1", "step 3"]
+    assert group.end_of("op").result.retval == {"stored": True, "s1": True, "s3": True}
+    assert {e.status for e in group.of(ENDED)} == {"SUCCESS"}
+
+
+def test_an_operation_that_is_done_already_ends_when_it_is_launched(group, step):
+    operation = Operation(tasks=[step(status="SUCCESS", result=Result(stdout="stored"))])
+    assert operation.launch().stdout == "stored"
+    assert operation.status == "SUCCESS"
+    assert not group.messages
 
 
 # -- messages that cannot be sent ------------------------------------------------------------------------------------

@@ -1,0 +1,80 @@
+"""What failing messages cost those that do not fail: 10,000 good ones with and without 1,000 bad ones among them.
+
+The bad ones fail at every attempt, with delays of 1 s, 10 s and 1 min, exactly once on one worker. Runs alternate; the
+throughput of the good ones is their number by the time from the first to the last of their events.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+import uuid
+
+from common import ROOT, broker, make_topic, show
+from worker_app import BAD, Good, registry
+
+from kser.confluent.producer import Producer
+from kser.confluent.transport import ConfluentTransport
+from kser.events import EventType, events_topic, read
+
+PARTITIONS = 6
+
+
+def fill(bootstrap, topic, good, bad, task_s):
+    with Producer({"bootstrap.servers": bootstrap}) as producer:
+        registry.configure(producer=producer, topic=topic)
+        sent = 0
+        with producer.batch(timeout=300):
+            for n in range(good):
+                Good(params={"s": task_s}).send()
+                if bad and n % (good // bad) == 0:
+                    BAD[sent % len(BAD)](params={}).send()
+                    sent += 1
+
+
+def measured(bootstrap, good, bad, task_s):
+    """Good tasks per second."""
+    topic, group = make_topic(bootstrap, PARTITIONS), f"g{uuid.uuid4().hex[:8]}"
+    fill(bootstrap, topic, good, bad, task_s)
+    command = [sys.executable, "-m", "kser", "worker", "benchmarks/worker_app.py:registry", "--topics", topic]
+    command += ["--group", group, "--bootstrap-servers", bootstrap, "--log-level", "critical"]
+    process = subprocess.Popen(command, cwd=ROOT)
+    times: list[int] = []
+    try:
+        while True:  # nothing is read before the group has made its topics
+            time.sleep(0.5)
+            if ConfluentTransport({"bootstrap.servers": bootstrap}).admin().describe([events_topic(group)]):
+                break
+        reader = ConfluentTransport({"bootstrap.servers": bootstrap}).reader([events_topic(group)], start="beginning")
+        while len(times) < good:
+            times += [e.at for e in read(reader.poll(0.5)) if e.type == EventType.STEP_DONE]
+        reader.close()
+    finally:
+        process.terminate()
+        process.wait(60)
+    return good / (max(times) - min(times)) * 1000
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--broker", default="apache", help="apache, or host:port of one that runs")
+    parser.add_argument("--good", type=int, default=10_000)
+    parser.add_argument("--bad", type=int, default=1_000)
+    parser.add_argument("--task-ms", type=float, nargs="*", default=[5.0, 0.0], help="what a good task takes")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with broker(options.broker) as bootstrap:
+        for task_ms in options.task_ms:
+            rates = [
+                tuple(measured(bootstrap, options.good, bad, task_ms / 1000) for bad in (0, options.bad))
+                for _ in range(options.rounds)
+            ]
+            without, beside = (statistics.median(column) for column in zip(*rates, strict=True))
+            show(f"good tasks of {task_ms:g} ms alone", without, "tasks/s")
+            show(f"  with {options.bad:,} failing ones among {options.good:,}", beside, "tasks/s")
+            show("  ratio", statistics.median(b / a for a, b in rates), "times", "aim: 0.9")
+
+
+if __name__ == "__main__":
+    main()
