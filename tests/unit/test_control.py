@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kser import control, headers
+from kser import OperationRegistry, control, headers
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
 from kser.control import (
@@ -27,6 +27,7 @@ from kser.control import (
 )
 from kser.errors import ConfigurationError, DeliveryError, TransportError, ValidationError
 from kser.events import Event, EventType, events_topic
+from kser.operating import OperatingProducer
 from kser.testing import FakeClock, eventually
 from kser.transport import OutRecord, Partition, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
@@ -1050,3 +1051,19 @@ def test_a_pause_of_a_class_that_no_worker_knows_says_so(run, transport):
 def test_the_topic_of_a_group_is_named_after_it():
     assert control_topic("shop") == TOPIC
     assert Partition(TOPIC, 0).topic == TOPIC
+
+
+def test_a_task_and_a_producer_can_name_the_run_that_they_abort(transport, tell):
+    producer = OperatingProducer(transport)
+    registry = OperationRegistry(producer=producer, topic="work")
+
+    @registry.task(name="shop.Charge")
+    def charge():
+        pass
+
+    tell(started("op-1"), ended("op-1", "FAILED"))
+    assert producer.abort("op-1", group=GROUP).retcode == 409
+    assert producer.abort("op-1", group=GROUP, run=2).retval == {"run": 2}
+    assert charge(uuid="lone-1").abort(group=GROUP, run=3, why="night").retval == {"run": 3}
+    assert [decode(record).entry[:2] for record in transport.records(TOPIC)] == [("op-1", 2), ("lone-1", 3)]
+    producer.close()
