@@ -869,7 +869,7 @@ def test_what_is_told_of_a_run_late_changes_nothing(five, shop, broken):
     assert (view.run, view.status) == (2, "SUCCESS")
 
 
-def test_a_lone_task_and_an_operation_by_itself_that_are_replayed_are_in_the_run_that_was_told(tasks, shop, broken):
+def test_a_lone_task_that_is_replayed_is_in_the_run_that_was_told(tasks, shop, broken):
     task = lone(tasks, shop)
     shop.letters.replay(shop.letters.list())
     assert shop.status(task.uuid) == "PENDING"
@@ -896,7 +896,7 @@ def test_a_lone_task_is_resumed_under_its_uuid(tasks, shop, broken):
         shop.letters.resume(task.uuid, step="C")
 
 
-def test_an_operation_that_could_not_be_built_is_resumed_as_a_new_run(registry, shop):
+def test_an_operation_that_could_not_be_built_is_replayed_and_resumed_as_a_new_run(registry, shop):
     built = []
 
     @registry.subscribe
@@ -917,12 +917,17 @@ def test_an_operation_that_could_not_be_built_is_resumed_as_a_new_run(registry, 
     shop.run()
     (letter,) = shop.letters.list()
     assert (letter.uuid, letter.operation, letter.run) == (late.uuid, None, 1)
+    shop.letters.replay([letter])
+    shop.run()
+    assert shop.status(late.uuid) == "FAILED"
+    (letter,) = shop.letters.list(replayed=False)
+    assert letter.run == 2
     outcome = shop.letters.resume(late.uuid, params={"at": 5})
-    assert outcome.run == 2
+    assert outcome.run == 3
     shop.run()
     assert built[-1] == {"at": 5}
     assert shop.status(late.uuid) == "SUCCESS"
-    assert {e.run for e in shop.events(late.uuid)} == {1, 2}
+    assert {e.run for e in shop.events(late.uuid)} == {1, 2, 3}
 
 
 @pytest.fixture
