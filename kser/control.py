@@ -7,8 +7,10 @@ Records of the topic `{group}.control`, which is compacted, so that the newest r
     pause:worker:{name}    one worker, by the name of its slot
     pause:topic:{name}     what comes from one topic
     pause:task:{path}      one class, by its name in messages
+    worker:{name}          a worker is there, and knows these names: written by itself
 
     value = {"v": 1, "run": 2, "by": "ann@build1", "at": 1700000000000, "why": "wrong prices"}     run: of an abort only
+    value = {"v": 1, "at": 1700000000000, "entrypoints": ["shop.Charge"], "itinerary": 1}          of a worker
     no value = it does not hold any more
 
 An abort counts up to its ``run``, so what resume makes later, which is a run of its own, is not stopped by it. A record
@@ -16,9 +18,10 @@ that cannot be read is of a newer release and says nothing. All records are writ
 """
 
 import getpass
+import re
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
@@ -42,10 +45,13 @@ __all__ = [
     "Pause",
     "PauseKind",
     "Progress",
+    "WorkerNote",
     "abort",
+    "complete_uuid",
     "control_topic",
     "decode",
     "find_operation",
+    "only_one",
     "pause",
     "read_control",
     "resume",
@@ -56,8 +62,13 @@ __all__ = [
 
 #: Version of the values.
 VERSION: Final = 1
-#: How long an abort holds, in seconds: as long as messages stay in task topics.
+#: How long an abort holds, in seconds: as long as messages stay in task topics. What is delayed for longer comes into
+#: the hands of a relay every hour, which takes out what was aborted.
 KEEP_S: Final = 30 * 24 * 3600.0
+#: How long it is believed that a worker is there after it said so, in seconds; it says so every 6 hours.
+NOTE_KEEP_S: Final = 24 * 3600.0
+#: Bytes of the names that a worker tells of itself: what is more is left out.
+NOTE_BYTES: Final = 16 * 1024
 #: Longest wait for one answer about topics, in seconds.
 _ANSWER_S: Final = 10.0
 
@@ -121,14 +132,45 @@ class Pause(NamedTuple):
         return _phrase("paused", self.by, self.why)
 
 
+class WorkerNote(NamedTuple):
+    """What a worker tells of itself, so that others can say who could run a message which they cannot."""
+
+    #: Of its slot.
+    name: str
+    #: The names in messages that it knows, or the first of them.
+    entrypoints: frozenset[str] = frozenset()
+    #: False: there were more of them than are told.
+    complete: bool = True
+    #: The newest version of itineraries that it reads.
+    itinerary: int = 1
+    #: When, milliseconds since the epoch, by its clock.
+    at_ms: int = 0
+
+    @property
+    def key(self) -> str:
+        """Record key."""
+        return f"worker:{self.name}"
+
+    @classmethod
+    def of(cls, name: str, entrypoints: Collection[str], itinerary: int, at_ms: int) -> "WorkerNote":
+        """The note of a worker that knows these names."""
+        told, size = [], 0
+        for entrypoint in sorted(entrypoints):
+            size += len(entrypoint.encode("utf-8", "backslashreplace")) + 3
+            if size > NOTE_BYTES:
+                break
+            told.append(entrypoint)
+        return cls(name, frozenset(told), len(told) == len(entrypoints), itinerary, at_ms)
+
+
 class Change(NamedTuple):
     """What one record says."""
 
     #: The record key.
     key: str
     #: What holds from now on; None: nothing does any more.
-    entry: Abort | Pause | None
-    #: Of an abort that is taken out because of its age: the ``at_ms`` it has. A younger one stays.
+    entry: Abort | Pause | WorkerNote | None
+    #: Of what is taken out because of its age: the ``at_ms`` it has. A younger one stays.
     upto_ms: int | None = None
 
     def to_record(self, group: str) -> OutRecord:
@@ -157,10 +199,12 @@ def decode(record: Record) -> Change | None:
     data = _parse_value(record.value)
     if data is None:
         return Change(key, None)
+    if kind == _WORKER:
+        return Change(key, _worker_note(name, data, record.timestamp_ms))
     by, why, at_ms = str(data.get("by", "")), str(data.get("why", "")), _number(data.get("at"), record.timestamp_ms)
-    if kind is None:
+    if kind == _ABORT:
         return Change(key, Abort(name, max(_number(data.get("run"), 1), 1), by, at_ms, why))
-    return Change(key, Pause(kind, name, by, at_ms, why))
+    return Change(key, Pause(PauseKind(kind), name, by, at_ms, why))
 
 
 class ControlSet:
@@ -176,6 +220,8 @@ class ControlSet:
         #: Aborts, by uuid, whose newest record takes out an older one of the same uuid: they hold, and have to be
         #: written again.
         self.wronged: dict[str, Abort] = {}
+        #: By name. Replaced, and not changed.
+        self.workers: dict[str, WorkerNote] = {}
 
     def apply(self, record: Record) -> Change | None:
         """Take in a record of the topic, in the order of its partition. What it changed; None when it was nothing."""
@@ -186,6 +232,9 @@ class ControlSet:
         if isinstance(entry, Pause):
             changed = self.pauses.get(change.key) != entry
             self.pauses[change.key] = entry
+        elif isinstance(entry, WorkerNote):
+            changed = True
+            self.workers = self.workers | {entry.name: entry}
         elif entry is not None:
             self.wronged.pop(entry.uuid, None)
             self.expired.pop(entry.uuid, None)
@@ -196,14 +245,28 @@ class ControlSet:
                 self.aborts[entry.uuid] = entry
         elif change.key.startswith(_ABORT):
             changed = self._lift(change.key.removeprefix(_ABORT), change.upto_ms)
+        elif change.key.startswith(_WORKER):
+            changed = self._leave(change.key.removeprefix(_WORKER), change.upto_ms)
         else:
             changed = self.pauses.pop(change.key, None) is not None
         return change if changed else None
+
+    def workers_at(self, now_ms: int) -> list[WorkerNote]:
+        """The workers that are there, as far as they tell, by name."""
+        oldest_ms = now_ms - NOTE_KEEP_S * 1000
+        return sorted(note for note in self.workers.values() if note.at_ms > oldest_ms)
 
     def expire(self, oldest_ms: int) -> None:
         """Put away the aborts that were told then, or before."""
         for told in [told for told in self.aborts.values() if told.at_ms <= oldest_ms]:
             self.expired[told.uuid] = self.aborts.pop(told.uuid)
+
+    def _leave(self, name: str, upto_ms: int | None) -> bool:
+        known = self.workers.get(name)
+        if known is None or (upto_ms is not None and known.at_ms > upto_ms):
+            return False
+        self.workers = {other: note for other, note in self.workers.items() if other != name}
+        return True
 
     def _lift(self, uuid: str, upto_ms: int | None) -> bool:
         self.expired.pop(uuid, None)
@@ -274,6 +337,52 @@ def find_operation(transport: Transport, group: str, uuid: str, timeout_s: float
             extra={"uuid": uuid, "operation": around.operation},
         )
     return None
+
+
+def _refuse_part(transport: Transport, group: str, uuid: str, timeout_s: float) -> str:
+    """Raise ValidationError for what is part of an operation. What is to be told when that could not be looked up."""
+    try:
+        find_operation(transport, group, uuid, timeout_s)
+    except TransportError as exc:
+        return f"if it is part of an operation, this does nothing, and that could not be looked up: {exc.message}"
+    return ""
+
+
+def complete_uuid(transport: Transport, group: str, begin: str, timeout_s: float = 60) -> str:
+    """The uuid that begins so, of the operations and tasks of none that `{group}.events` tells of.
+
+    ``begin`` itself when it is not 8 to 35 digits and dashes of a uuid, or no uuid there begins so. Reads the topic.
+
+    Raises:
+        ValidationError: several begin so; the text has them.
+        TransportError: the topic was not read within ``timeout_s``.
+    """
+    end, topic = time.monotonic() + timeout_s, events_topic(group)
+    if not _BEGIN.fullmatch(begin):
+        return begin
+    info = transport.admin().describe([topic], _left(end, _ANSWER_S)).get(topic)
+    if info is None:
+        return begin
+    start = _key_bytes(begin.lower())
+    found: set[bytes] = set()
+    for batch in transport.read([Partition(topic, number) for number in range(info.partitions)], _left(end)):
+        found.update(record.key for record in batch if record.key is not None and record.key.startswith(start))
+    return only_one(begin, [key.decode("utf-8", "replace") for key in found])
+
+
+def only_one(begin: str, found: Iterable[str]) -> str:
+    """The one that was found, ``begin`` when there is none, or it is among them. Raises ValidationError for several."""
+    uuids = sorted(set(found))
+    if not uuids or begin in uuids:
+        return begin
+    if len(uuids) > 1:
+        more = f" and {len(uuids) - _CANDIDATES} more" if len(uuids) > _CANDIDATES else ""
+        raise ValidationError(
+            f"{len(uuids)} uuids begin with {begin}: {', '.join(uuids[:_CANDIDATES])}{more}. Give more of the one you "
+            "mean",
+            extra={"uuids": uuids},
+        )
+    return uuids[0]
 
 
 def _progress(uuid: str, events: Sequence[Event]) -> Progress:
@@ -353,7 +462,7 @@ def abort(
         group: the workers' group.
         transport: its broker.
         sink: writes the record; None: one is made of the transport for this.
-        run: the last run that is meant. None: the newest that the events tell of, which takes the time to read them.
+        run: the last run that is meant. None: the newest that the events tell of.
         why: for people.
         by: who; "": this user and host.
         timeout_s: for all of it, in seconds.
@@ -368,10 +477,13 @@ def abort(
     if run is not None and (not isinstance(run, int) or run < 1):
         raise ValidationError(f"run={run!r}: runs are whole numbers from 1")
     _check_topic(transport, group, end)
-    progress = find_operation(transport, group, uuid, _left(end)) if run is None else None
+    note, progress = "", None
+    if run is None:
+        progress = find_operation(transport, group, uuid, _left(end))
+    else:
+        note = _refuse_part(transport, group, uuid, _left(end, _ANSWER_S))
     if progress is not None and progress.ended:
         return AbortAnswer(None, progress, f"it has ended before: {progress.status}")
-    note = ""
     if run is None and progress is None:
         note = f"nothing of it is in {events_topic(group)} yet, so it is taken to be in its first run"
     entry = Abort(uuid, run or (progress.run if progress is not None else 1), by or whoami(), _now_ms(), why)
@@ -468,6 +580,10 @@ def whoami() -> str:
 _FINAL: Final = frozenset(status for status in Status if status.final)
 _ABORT: Final = "abort:"
 _PAUSE: Final = "pause:"
+#: A part of a uuid that a list may show in place of it; and how many that begin so are told.
+_BEGIN: Final = re.compile(r"[0-9a-fA-F-]{8,35}")
+_CANDIDATES: Final = 5
+_WORKER: Final = "worker:"
 
 
 def _phrase(done: str, by: str, why: str) -> str:
@@ -475,7 +591,18 @@ def _phrase(done: str, by: str, why: str) -> str:
     return f"{text}: {why}" if why else text
 
 
-def _value(entry: Abort | Pause) -> bytes:
+def _value(entry: Abort | Pause | WorkerNote) -> bytes:
+    if isinstance(entry, WorkerNote):
+        known = sorted(map(_text, entry.entrypoints))
+        return orjson.dumps(
+            {
+                "v": VERSION,
+                "at": entry.at_ms,
+                "entrypoints": known,
+                "complete": entry.complete,
+                "itinerary": entry.itinerary,
+            }
+        )
     data: dict[str, Any] = {"v": VERSION, "by": _text(entry.by), "at": entry.at_ms, "why": _text(entry.why)}
     if isinstance(entry, Abort):
         data["run"] = entry.run
@@ -487,18 +614,26 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _parse_key(raw: bytes | None) -> tuple[str, PauseKind | None, str] | None:
-    """The key as text, what it pauses (None: it aborts), and the name in it; None when it is none of these."""
+def _worker_note(name: str, data: dict[str, Any], at_ms: int) -> WorkerNote:
+    names = data.get("entrypoints")
+    known = frozenset(each for each in names if isinstance(each, str)) if isinstance(names, list) else frozenset()
+    itinerary = _number(data.get("itinerary"), 1)
+    return WorkerNote(name, known, data.get("complete") is not False, itinerary, _number(data.get("at"), at_ms))
+
+
+def _parse_key(raw: bytes | None) -> tuple[str, str, str] | None:
+    """The key as text, what it is about (_ABORT, _WORKER or a PauseKind), and the name in it; None: none of these."""
     try:
         key = (raw or b"").decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         return None
-    if key.startswith(_ABORT) and key != _ABORT:
-        return key, None, key.removeprefix(_ABORT)
+    for prefix in (_ABORT, _WORKER):
+        if key.startswith(prefix) and key != prefix:
+            return key, prefix, key.removeprefix(prefix)
     kind, _, name = key.removeprefix(_PAUSE).partition(":")
     if not key.startswith(_PAUSE) or kind not in _KINDS or bool(name) == (kind == PauseKind.GROUP):
         return None
-    return key, PauseKind(kind), name
+    return key, kind, name
 
 
 _KINDS: Final = frozenset(PauseKind)

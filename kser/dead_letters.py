@@ -8,11 +8,13 @@ the same letter share: the first one runs, the others are dropped (`kser.worker.
 """
 
 import heapq
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
+from kser.control import complete_uuid, only_one, whoami
 from kser.errors import ConfigurationError, DeliveryError, Error, NotFound, StatusError, ValidationError
 from kser.events import Event, EventType, events_topic, read
 from kser.letters import DeadLetter, ReadLetter, is_called, matcher, place_of, read_letter
@@ -20,13 +22,19 @@ from kser.redrive import Redrive, RefusedError, Replay, remaining
 from kser.schemas import Message
 from kser.sequencing.itinerary import Itinerary, key_bytes
 from kser.status import Status
-from kser.transport import Partition, Position, Record, Transport
+from kser.transport import OutRecord, Partition, Position, Record, Sink, Transport
 from kser.transport.partitioner import partition_of
 from kser.worker.state import StateStore
 from kser.worker.tiers import dead_letter_topic
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["MAX_REDRIVES", "DeadLetter", "DeadLetters", "Found", "Purge", "Replay"]
 
+#: A name this long may be the beginning of a uuid.
+_BEGIN: Final = 8
+#: Events that say nothing of how far a run has come.
+_NO_PROGRESS: Final = frozenset({EventType.MESSAGE_REJECTED, EventType.RUN_SENT})
 #: A message that came back from the dead letters so often is not sent back again unless it is forced.
 MAX_REDRIVES: Final = 3
 
@@ -150,8 +158,20 @@ class DeadLetters:
         return Found(letters[:limit], total)
 
     def show(self, name: str) -> DeadLetter:
-        """The letter with this id, ``partition:offset``. Raises as several() does."""
-        return self.several([name])[0]
+        """The letter with this id, ``partition:offset``; or the last one of an operation, or of a message of none.
+
+        Args:
+            name: the id; or the uuid, or its beginning of at least 8 characters.
+
+        Raises as several() does, and ValidationError when several uuids begin so.
+        """
+        if ":" in name or len(name) < _BEGIN:
+            return self.several([name])[0]
+        uuid = only_one(name, (subject for letter in self.list(operation=name) if (subject := letter.subject)))
+        letters = self.list(operation=uuid)
+        if not letters:
+            raise NotFound(f"There is no dead letter of {name} in {self.topic}: give an id, or a uuid", extra={})
+        return max(letters, key=lambda letter: letter.generation)
 
     def several(self, ids: Iterable[str]) -> _Letters:
         """The letters of these ids, in that order, each once.
@@ -187,12 +207,13 @@ class DeadLetters:
 
         Key, bytes and partition are as they were, and so are the message's own headers. The task of an operation
         begins a new run of it, and the operation goes on after it. What was replayed already is refused, as is what
-        came back ``max_redrives`` times, what is not whole, and what cannot be read.
+        came back ``max_redrives`` times, what was aborted, what is not whole, and what cannot be read.
 
         Args:
             letters: as list() or show() gave them.
             dry_run: say what would be done, and do nothing.
-            force: send also what came back too often, lacks its headers, or cannot be read; the latter byte for byte.
+            force: send also what came back too often, was aborted, lacks its headers, or cannot be read; the latter
+                byte for byte.
             params: these take the place of the message's parameters of the same names.
 
         Gives one Replay for each letter, in the order in which they are sent. What the broker does not confirm is one
@@ -221,7 +242,7 @@ class DeadLetters:
         step: str | int | None = None,
         dry_run: bool = False,
     ) -> Replay:
-        """Begin a new run of an operation at the step that failed it, with the results it had.
+        """Begin a new run of an operation at the step that failed it, or at which it was aborted, with its results.
 
         Args:
             uuid: of the root operation, or of a task of no operation.
@@ -258,6 +279,19 @@ class DeadLetters:
             if outcome.status == "failed":
                 raise DeliveryError(f"The message that resumes {uuid} was not confirmed: {outcome.reason}")
         return outcome
+
+    def complete(self, begin: str) -> str:
+        """The uuid that begins so, of what the events or the dead letters tell of; ``begin`` when there is none.
+
+        Raises ValidationError when several begin so.
+        """
+        found = complete_uuid(self._transport, self.group, begin, self._timeout_s)
+        if found != begin or len(begin) < _BEGIN:
+            return found
+        try:
+            return only_one(begin, (letter.subject for letter in self.list(operation=begin)))
+        except NotFound:  # no dead letters at all
+            return begin
 
     # -- deleting ------------------------------------------------------------------------------------------------------
 
@@ -351,21 +385,40 @@ class DeadLetters:
         return Redrive(self.group, self._message, self.max_redrives, self._partitions_of(topics))
 
     def _deliver(self, outcomes: Sequence[Replay]) -> _Replays:
-        """Send those that are ready."""
+        """Send those that are ready, and tell of the runs that they begin."""
         ready = [(at, outcome.record) for at, outcome in enumerate(outcomes) if outcome.record is not None]
         told = list(outcomes)
         if ready:
             sink = self._transport.sink(failures_only=True)
             try:
                 failures = dict(sink.deliver([record for _, record in ready], self._timeout_s))
+                for index, (at, _) in enumerate(ready):
+                    if index in failures:
+                        told[at] = replace(told[at], status="failed", reason=str(failures[index].message))
+                    else:
+                        told[at] = replace(told[at], status="sent")
+                self._tell([outcome for outcome in told if outcome.status == "sent"], sink)
             finally:
                 sink.close()
-            for index, (at, _) in enumerate(ready):
-                if index in failures:
-                    told[at] = replace(told[at], status="failed", reason=str(failures[index].message))
-                else:
-                    told[at] = replace(told[at], status="sent")
         return told
+
+    def _tell(self, sent: Sequence[Replay], sink: Sink) -> None:
+        """Have the events say which runs were sent, so that one that no worker has met yet can be aborted.
+
+        Afterwards: what is told of a run that was never sent would never end.
+        """
+        topic, by = events_topic(self.group), whoami()
+        events = [event for outcome in sent if (event := outcome.event(by)) is not None]
+        if not events or not self._partitions_of([topic]):
+            return
+        records = [OutRecord(topic, key_bytes(event.key), event.to_bytes()) for event in events]
+        if failures := sink.deliver(records, self._timeout_s):
+            logger.warning(
+                "%d of %d runs that were sent are in no event until they begin: %s",
+                len(failures),
+                len(records),
+                failures[0][1].message,
+            )
 
     # -- resuming ------------------------------------------------------------------------------------------------------
 
@@ -400,7 +453,7 @@ class DeadLetters:
         # The newest are in their key's partition, unless partitions were added after the last of them.
         for numbers in ([home], [number for number in range(count) if number != home]):
             records = [record for record in self._read(topic, numbers) if record.key == key]
-            events = [event for event in read(records) if event.type != EventType.MESSAGE_REJECTED]
+            events = [event for event in read(records) if event.type not in _NO_PROGRESS]
             if events:
                 return events
         return []

@@ -43,12 +43,15 @@ class EventType:
     #: An attempt failed, another one follows.
     STEP_RETRYING = "step.retrying"
     OPERATION_ENDED = "operation.ended"
+    #: A run was sent by who resumed or replayed it; its first step has this uuid. It may have begun, or ended, by then.
+    RUN_SENT = "run.sent"
     #: Nobody here can run it: it waits for somebody who can.
     MESSAGE_WAITING = "message.waiting"
     MESSAGE_REJECTED = "message.rejected"
 
 
 _PHASES = {
+    EventType.RUN_SENT: 0,
     EventType.OPERATION_STARTED: 0,
     EventType.STEP_DONE: 1,
     EventType.STEP_FAILED: 1,
@@ -239,7 +242,7 @@ class OperationView:
             return True
         if event.ends:
             self.status, self.result = event.status, event.result
-        elif self.status == "PENDING":
+        elif self.status == "PENDING" and event.type != EventType.RUN_SENT:
             self.status = "RUNNING"
         return True
 

@@ -21,6 +21,7 @@ __all__ = [
     "ORIGIN_TIMESTAMP",
     "ORIGIN_TOPIC",
     "REASON",
+    "RECALLED",
     "REDRIVE",
     "REMAINING",
     "SUSPECT",
@@ -45,6 +46,9 @@ NOT_BEFORE: Final = "kser-not-before"
 REMAINING: Final = "kser-remaining"
 #: In a tier, from the second hop on: when it is due, in milliseconds since the epoch by the broker's clock.
 DUE: Final = "kser-due"
+#: Its operation was aborted while it was in a tier, so that it came out before its time. Once, so that it does not go
+#: round and round between a relay that knows of the abort and a worker that does not.
+RECALLED: Final = "kser-recalled"
 #: Since when, in milliseconds since the epoch, it waits for somebody who knows its entrypoint or itinerary.
 WAITING: Final = "kser-waiting"
 #: Why it waits.

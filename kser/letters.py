@@ -6,12 +6,13 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from kser import headers as names
-from kser.errors import Error, ValidationError
+from kser.errors import AbortedError, Error, ValidationError
 from kser.headers import Headers
 from kser.schemas import Message, parse
 from kser.sequencing.itinerary import Itinerary
 from kser.transport import Record
 from kser.worker.dead_letters import LEFT_OUT, TOO_LARGE
+from kser.worker.state import FOR_EVER
 
 __all__ = ["DeadLetter", "ReadLetter", "decode", "is_called", "matcher", "message_in", "place_of", "read_letter"]
 
@@ -29,7 +30,7 @@ class DeadLetter:
     uuid: str
     #: uuid of the root operation; None for a message of no operation.
     operation: str | None = None
-    #: Run of the operation.
+    #: Run of the operation; of a message without an itinerary 1 and how often it came back.
     run: int = 1
     #: How many tasks of the operation ended before this one.
     position: int = 0
@@ -62,6 +63,11 @@ class DeadLetter:
     replayed: bool = False
 
     @property
+    def aborted(self) -> bool:
+        """True when it did not fail, but somebody aborted its operation."""
+        return self.error_type == AbortedError.__name__
+
+    @property
     def id(self) -> str:
         """``partition:offset``."""
         return f"{self.partition}:{self.offset}"
@@ -80,8 +86,11 @@ class DeadLetter:
 
     @property
     def claim(self) -> str:
-        """The key of which the first writer runs: the same for all who replay this letter, or resume its operation."""
-        return f"again:{self.subject}:{self.run}:{self.position}:{self.redrive}"
+        """The key of which the first writer runs: the same for all who replay this letter, or resume its operation.
+
+        It is taken for ever, as the letter may be kept for ever.
+        """
+        return f"{FOR_EVER}{self.subject}:{self.run}:{self.position}:{self.redrive}"
 
     @property
     def generation(self) -> tuple[int, int]:
@@ -141,7 +150,11 @@ def decode(letter: DeadLetter, message: type[Message]) -> ReadLetter:
     letter = replace(letter, entrypoint=str(kmsg.entrypoint), uuid=kmsg.uuid, unreadable=problem)
     if itinerary is not None:
         operation = itinerary.root.uuid if itinerary.frames else None
-        letter = replace(letter, operation=operation, run=itinerary.run, position=itinerary.position)
+        return ReadLetter(
+            replace(letter, operation=operation, run=itinerary.run, position=itinerary.position), kmsg, itinerary
+        )
+    if not problem:
+        letter = replace(letter, run=1 + letter.redrive)
     return ReadLetter(letter, kmsg, itinerary)
 
 

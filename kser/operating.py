@@ -25,16 +25,25 @@ class OperatingProducer(BaseProducer):
         super().__init__(transport.sink(), partial(transport.sink, failures_only=True))
         self._transport = transport
 
-    def abort(self, uuid: str, *, group: str = "kser", why: str = "", timeout: float = 60) -> Result:
+    def abort(
+        self, uuid: str, *, group: str = "kser", run: int | None = None, why: str = "", timeout: float = 60
+    ) -> Result:
         """Tell the workers of a group that an operation, or a task of none, is to end.
 
         They run nothing more of it and tell its end, ABORTED, in the events. Doing it again changes nothing.
+
+        Args:
+            uuid: of the root operation, or of a task of none.
+            group: the workers' group.
+            run: the last run that is meant. None: the newest that the events tell of.
+            why: for people.
+            timeout: seconds for all of it.
 
         Returns: a Result with its uuid; ``retval["run"]`` is the last run that is meant. Failed when it has ended, or
             the workers may not hear of it. Never raises because of the broker.
         """
         try:
-            answer = control.abort(uuid, group=group, transport=self._transport, why=why, timeout_s=timeout)
+            answer = control.abort(uuid, group=group, transport=self._transport, run=run, why=why, timeout_s=timeout)
         except Error as exc:
             return results.from_exception(exc, uuid)
         if answer.abort is None:

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 from kser import headers as names
 from kser.errors import Error, ValidationError
+from kser.events import Event, EventType
 from kser.headers import Headers
 from kser.letters import DeadLetter, ReadLetter, decode, is_called, message_in
 from kser.schemas import Message, parse
@@ -50,6 +51,22 @@ class Replay:
     entrypoint: str = ""
     #: How many tasks of the operation count as ended before it.
     position: int = 0
+
+    def event(self, by: str) -> Event | None:
+        """What the events say of it; None when nothing is known of its message. ``by``: who sent it."""
+        letter = self.letter
+        if not letter.uuid:
+            return None
+        return Event(
+            type=EventType.RUN_SENT,
+            uuid=letter.uuid,
+            entrypoint=self.entrypoint,
+            operation=letter.operation,
+            run=letter.run + 1,
+            position=self.position,
+            status=Status.PENDING,
+            note=f"sent again from dead letter {letter.id}, by {by}",
+        )
 
 
 class Step(NamedTuple):
@@ -130,6 +147,8 @@ class Redrive:
             raise RefusedError(f"its topic {origin} does not exist any more")
         if force:
             return
+        if letter.aborted:
+            raise RefusedError("somebody aborted it: forced, or by kser operations resume, it runs from there")
         if letter.unreadable:
             raise RefusedError(f"it cannot be read ({letter.unreadable}): forced, it is sent as it is")
         if letter.left_out:

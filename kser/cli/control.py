@@ -1,10 +1,11 @@
-"""``kser abort``, ``kser pause``, ``kser resume`` and ``kser paused``: what the workers of a group are told."""
+"""``kser abort``, ``pause``, ``resume`` and ``paused``: what workers are told; ``kser workers``: what they tell."""
 
+import difflib
 import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -23,7 +24,16 @@ from kser.cli.options import (
 )
 from kser.cli.output import columns, write_json
 from kser.cli.watch import Deadline
-from kser.control import AbortAnswer, Pause, PauseKind, Progress, find_operation, read_control
+from kser.control import (
+    AbortAnswer,
+    Pause,
+    PauseKind,
+    Progress,
+    WorkerNote,
+    complete_uuid,
+    find_operation,
+    read_control,
+)
 from kser.control import abort as abort_operation
 from kser.control import pause as pause_group
 from kser.control import resume as resume_group
@@ -31,7 +41,7 @@ from kser.events import events_topic, read
 from kser.status import Status
 from kser.transport import Reader, Transport
 
-__all__ = ["abort", "pause", "paused", "resume"]
+__all__ = ["abort", "pause", "paused", "resume", "workers"]
 
 #: Longest wait for a sign of life of the broker, and for all that a command asks of it.
 _ANSWERS_S = 10.0
@@ -39,6 +49,10 @@ _DONE_S = 60.0
 #: Seconds between two looks while an end is awaited; without a word after so many, a person is told what may be wrong.
 _POLL_S = 0.2
 _HINT_AFTER_S = 10.0
+#: Names that are shown of what a worker knows; --format json has all.
+_NAMES: Final = 5
+#: How much alike a name has to be for one to be offered in its place.
+_CLOSE: Final = 0.8
 
 
 def _stacked(*decorators: Decorator) -> Decorator:
@@ -115,6 +129,8 @@ def abort(
 ) -> None:
     """Tell the workers to end the operation UUID, or the task UUID if it belongs to none.
 
+    The first 8 characters will do, when no other begins so.
+
     What runs of it is told to end, and nothing more of it is run, wherever its next message waits. Resuming makes a new
     run, which an abort from before does not stop.
     """
@@ -124,6 +140,7 @@ def abort(
         reader = transport.reader([events_topic(named)], start="end") if wait else None  # before it can end
     try:
         with connection.patience():
+            uuid = complete_uuid(transport, named, uuid, min(_DONE_S, deadline.left))
             left = min(_DONE_S, deadline.left)
             answer = abort_operation(uuid, group=named, transport=transport, run=run, why=why, timeout_s=left)
             if run is not None and wait:  # else it was looked at
@@ -179,10 +196,7 @@ def _show(uuid: str, answer: AbortAnswer, status: str | None, output: str) -> No
 
 def _judge(uuid: str, answer: AbortAnswer, status: str) -> None:
     if status != Status.ABORTED:
-        hint = ""
-        if status == Status.FAILED and answer.abort is None and answer.progress is not None:
-            hint = f". Was it resumed, and has not begun again yet? Then: --run {answer.progress.run + 1}"
-        raise CommandFailed(f"{_called(uuid, answer.progress)} ended before it could be aborted: {status}{hint}")
+        raise CommandFailed(f"{_called(uuid, answer.progress)} ended before it could be aborted: {status}")
 
 
 def _called(uuid: str, progress: Progress | None) -> str:
@@ -201,8 +215,8 @@ def _await_end(reader: Reader, uuid: str, answer: AbortAnswer, group: str, deadl
             hinted = True
             click.echo(
                 f"kser: It has not ended for {_HINT_AFTER_S:g} s: its task does not look whether it is aborted, its "
-                f"message waits for its time or in a paused topic, no worker of group {group} runs, or there is no "
-                "such operation",
+                "message is in a paused topic or deep in a tier (then it takes an hour at most), no worker of group "
+                f"{group} runs, or there is no such operation",
                 err=True,
             )
     raise CommandFailed(
@@ -250,6 +264,8 @@ def pause(
     )
     if topic is not None and topic not in transport.admin().describe([topic]):
         click.echo(f"kser: there is no topic {topic} yet", err=True)
+    if task is not None and (doubt := _unknown_task(task, _workers(transport, named))):
+        click.echo(f"kser: {doubt}", err=True)
     if output == "json":
         write_json({"group": named, **_shown(entry)})
     else:
@@ -321,6 +337,54 @@ def paused(group: str | None, connection: Connection, output: str) -> None:
             click.echo(line)
 
 
+@click.command(
+    "workers",
+    short_help="List the workers of a group and what they know.",
+    epilog=example("kser workers --group shop --bootstrap-servers 127.0.0.1:9092"),
+)
+@_common
+def workers(group: str | None, connection: Connection, output: str) -> None:
+    """List the workers of a group: their names, and the tasks and operations that each can run.
+
+    They tell it themselves when they start, and when they end; one that was killed is listed for a day.
+    """
+    named, transport = connection.group(group), connection.transport()
+    found = _asked(connection, transport, lambda: _workers(transport, named))
+    if output == "json":
+        shown = [
+            {"name": it.name, "at": it.at_ms, "entrypoints": sorted(it.entrypoints), "complete": it.complete}
+            for it in found
+        ]
+        write_json({"group": named, "workers": shown})
+    elif not found:
+        click.echo(f"No worker of group {named} tells that it is there")
+    else:
+        for line in columns(("name", "told", "knows"), [(it.name, _since(it), _knows(it)) for it in found]):
+            click.echo(line)
+
+
+def _workers(transport: Transport, group: str) -> list[WorkerNote]:
+    return read_control(transport, group, _DONE_S).workers_at(time.time_ns() // 1_000_000)
+
+
+def _knows(note: WorkerNote) -> str:
+    # What a script calls its own is known by another name, too, as a rule.
+    names = sorted(note.entrypoints, key=lambda name: (name.startswith("__main__."), name))
+    more = len(names) - _NAMES
+    told = f" and {more}{'' if note.complete else ' or'} more" if more > 0 else ""
+    return _line(", ".join(names[:_NAMES])) + told
+
+
+def _unknown_task(task: str, found: list[WorkerNote]) -> str:
+    """What may be wrong with the name of a task; "" when nothing is, as far as the workers tell."""
+    known = {name for note in found for name in note.entrypoints}
+    if not found or task in known or not all(note.complete for note in found):
+        return ""
+    close = difflib.get_close_matches(task, sorted(known), 3, _CLOSE)
+    meant = f" Is {' or '.join(map(_line, close))} meant?" if close else " `kser workers` lists what they know"
+    return f"no worker knows a class {_line(task)}.{meant}"
+
+
 def _asked(connection: Connection, transport: Transport, ask: Callable[[], Any]) -> Any:
     """What ``ask`` gives, once it is known that a broker answers."""
     with connection.patience():
@@ -355,7 +419,7 @@ def _line(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
-def _since(entry: Pause) -> str:
+def _since(entry: Pause | WorkerNote) -> str:
     try:
         return datetime.fromtimestamp(entry.at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     except (ValueError, OverflowError, OSError):

@@ -159,6 +159,8 @@ def _sum(found: Found, letters: DeadLetters, filters: dict[str, Any]) -> str:
 def show(id: str, group: str | None, connection: Connection, output: str) -> None:  # noqa: A002 - click takes the name
     """Show one dead letter: what failed, where, why, and the message.
 
+    ID is that of `kser dlq list`; or a uuid, or its first 8 characters: then it is the last one of that operation.
+
     Values under names that look secret are masked.
     """
     letters = _letters(connection, group)
@@ -188,7 +190,11 @@ def show(id: str, group: str | None, connection: Connection, output: str) -> Non
     "--params", type=JsonObject(), metavar="JSON", help="Parameters to change: a JSON object, @FILE, or - for stdin."
 )
 @option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
-@option("--force", is_flag=True, help="Send also what came back too often, lacks its headers, or cannot be read.")
+@option(
+    "--force",
+    is_flag=True,
+    help="Send also what was aborted, came back too often, lacks its headers, or cannot be read.",
+)
 @_place_options
 @click.pass_context
 def replay(
@@ -206,13 +212,15 @@ def replay(
     """Send messages back to where they failed, and their operations go on from there.
 
     Name dead letters by their ids, or choose them by the options of `kser dlq list`; chosen so, those that were
-    replayed already are left out. Whoever else replays the same one meanwhile: it is run once.
+    replayed already, or aborted, are left out. Whoever else replays the same one meanwhile: it is run once.
 
     Exit code 1 when one is refused or not confirmed, else 0.
     """
     letters = _letters(connection, group)
     with connection.patience():
         chosen = _chosen(letters, ids, filters, everything, replayed=False)
+        if not ids and not force:
+            chosen = [letter for letter in chosen if not letter.aborted]
         outcomes = letters.replay(chosen, dry_run=dry_run, force=force, params=params)
     if output == "json":
         write_json([outcome_as_json(outcome) for outcome in outcomes])

@@ -58,7 +58,9 @@ def table(letters: Sequence[DeadLetter], width: int | None = None) -> list[str]:
 
 def _cells(letter: DeadLetter) -> list[str]:
     tries = str(letter.attempt) + (f", back {letter.redrive}x" if letter.redrive else "")
-    error = _one_line(f"{letter.error_type}: {letter.error}" if letter.error else letter.error_type)
+    # What could not be read says why in its fields, and no more than that in its error.
+    said = letter.error if letter.entrypoint else letter.unreadable or letter.error
+    error = _one_line(f"{letter.error_type}: {said}" if said else letter.error_type)
     return [
         letter.id,
         f"{datetime.fromtimestamp(letter.at / 1000):%m-%d %H:%M:%S}",
@@ -121,7 +123,7 @@ def hints(letter: DeadLetter, group: str, max_redrives: int) -> Iterator[str]:
     if letter.replayed or letter.left_out == "value":
         return
     words = ["kser", "dlq", "replay", letter.id, "--group", group]
-    if letter.unreadable or letter.left_out or letter.redrive >= max_redrives:
+    if letter.unreadable or letter.left_out or letter.aborted or letter.redrive >= max_redrives:
         words.append("--force")
     yield f"\nTo send it back: {shlex.join(words)}"
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from kser.cli.broker import broker
-from kser.cli.control import abort, pause, paused, resume
+from kser.cli.control import abort, pause, paused, resume, workers
 from kser.cli.demo import demo
 from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
@@ -109,7 +109,7 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
 
 for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, broker):
     cli.add_command(_command)
-for _command in (abort, pause, resume, paused):
+for _command in (abort, pause, resume, paused, workers):
     cli.add_command(_command)
 
 

@@ -29,7 +29,7 @@ __all__ = ["operations"]
     "operations",
     invoke_without_command=True,
     subcommand_metavar="COMMAND [ARGS]...",
-    short_help="Resume operations that failed.",
+    short_help="Resume operations that failed or were aborted.",
     epilog=example("kser operations resume 5f0c6d4e-9a3b-4f0e-8a53-0d6f3f1f2b11 --group shop"),
 )
 @click.pass_context
@@ -70,17 +70,19 @@ def resume(
     connection: Connection,
     output: str,
 ) -> None:
-    """Run a failed operation again from the step that failed it, with the results it had until then.
+    """Run an operation again from the step that failed it, or at which it was aborted, with the results it had.
 
     It is a new run of the same operation. Refused, with the reason, while the last run goes on, and when it ended well.
     Resumed twice at once, it is run once.
+
+    Of the UUID its first 8 characters will do, when no other begins so.
 
     A later step leaves out what lies between; an earlier one is run again with the message that it had.
     """
     letters = DeadLetters(connection.transport(), connection.group(group))
     try:
         with connection.patience():
-            outcome = letters.resume(uuid, params=params, step=step, dry_run=dry_run)
+            outcome = letters.resume(letters.complete(uuid), params=params, step=step, dry_run=dry_run)
     except StatusError as exc:  # a ValidationError, but of the operation, not of the command line
         raise CommandFailed(str(exc.message)) from exc
     if output == "json":

@@ -46,7 +46,9 @@ class MessageSender(Protocol):
 class Operator(Protocol):
     """What aborting and resuming need of a producer: kser.operating.OperatingProducer."""
 
-    def abort(self, uuid: str, *, group: str = ..., why: str = ..., timeout: float = ...) -> Result:
+    def abort(
+        self, uuid: str, *, group: str = ..., run: int | None = ..., why: str = ..., timeout: float = ...
+    ) -> Result:
         """Tell the workers of a group that an operation, or a task of none, is to end."""
 
     def resume(
@@ -252,11 +254,17 @@ class Task(Entrypoint):
             return producer.send(target, kmsg, timeout, key=key or self.key, headers=headers)
         return producer.send(target, kmsg, timeout, key=key or self.key)
 
-    def abort(self, *, group: str = "kser", why: str = "", timeout: float = 60) -> Result:
+    def abort(self, *, group: str = "kser", run: int | None = None, why: str = "", timeout: float = 60) -> Result:
         """Tell the workers of ``group`` that this is to end: a task that is running sees it, nothing more is run of it.
 
         Its end is told in the events, ABORTED, and cannot be taken back; doing it again changes nothing. A task of an
         operation is refused: abort the operation.
+
+        Args:
+            group: the workers' group.
+            run: the last run that is meant. None: the newest that the events tell of.
+            why: for people.
+            timeout: seconds for all of it.
 
         Returns: a Result; failed when it has ended already, or the workers may not hear of it.
 
@@ -264,7 +272,7 @@ class Task(Entrypoint):
         """
         home = self.home
         return _operator(home.producer if home is not None else None).abort(
-            self.uuid, group=group, why=why, timeout=timeout
+            self.uuid, group=group, run=run, why=why, timeout=timeout
         )
 
     @classmethod

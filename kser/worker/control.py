@@ -9,6 +9,7 @@ topic by whichever comes to it first: by age and not when an operation has ended
 even so (delivered again, in a tier, sent twice), and without the abort they would run.
 """
 
+import difflib
 import logging
 import random
 import threading
@@ -16,11 +17,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final
 
-from kser.control import KEEP_S, Abort, Change, ControlSet, Pause, PauseKind, control_topic, send_control
+from kser.control import (
+    KEEP_S,
+    NOTE_KEEP_S,
+    Abort,
+    Change,
+    ControlSet,
+    Pause,
+    PauseKind,
+    WorkerNote,
+    control_topic,
+    send_control,
+)
 from kser.errors import ConfigurationError, Error
 from kser.transport import Reader, Record, Transport
+from kser.worker.runner import Runner
 
-__all__ = ["ControlWatch"]
+__all__ = ["Aborted", "ControlWatch"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +51,45 @@ _OLD_EVERY_S: Final = 3600.0
 _BATCH: Final = 1000
 _WRITE_S: Final = 10.0
 _CLOSE_S: Final = 2.0
+#: How often a worker says that it is there, in seconds; and the longest wait to say that it is not any more.
+_TELL_EVERY_S: Final = NOTE_KEEP_S / 4
+_LEAVE_S: Final = 2.0
+#: Names of which it is remembered who knows them, and workers that are named for one.
+_ANSWERS: Final = 1000
+_NAMED: Final = 3
+#: How much alike names are of which one may be meant by the other.
+_CLOSE: Final = 0.8
 #: Seconds until something is written again.
 _WRITE_AGAIN_S: Final = 10.0
 
 _NONE: Final[frozenset[str]] = frozenset()
+
+
+class Aborted:
+    """Which messages belong to what people aborted.
+
+    Args:
+        watch: knows the aborts.
+        runner: reads the messages.
+
+    Thread rule: may be used from any thread.
+    """
+
+    def __init__(self, watch: "ControlWatch", runner: Runner) -> None:
+        self._watch = watch
+        self._runner = runner
+
+    @property
+    def version(self) -> int:
+        """Another one once more is aborted; 0: nothing ever was."""
+        return self._watch.version
+
+    def means(self, record: Record) -> bool:
+        """Whether the message in this record is to be run no more."""
+        if not self._watch.aborts:
+            return False
+        subject = self._runner.subject_of(record)
+        return subject is not None and self._watch.aborted(*subject) is not None
 
 
 class ControlWatch:
@@ -64,6 +112,7 @@ class ControlWatch:
         changed: called after each change, in the thread of the watch, once for what came together. Must not raise.
         keep_s: how long an abort holds, in seconds.
         clean: take aborts that are older out of the topic.
+        note: makes what this worker tells of itself as long as it runs, at this time; None: nothing.
         now_ms: the clock, milliseconds since the epoch.
 
     Thread rule: everything may be read and called from any thread. The sets are replaced and never changed; ``aborts``
@@ -78,6 +127,7 @@ class ControlWatch:
         changed: Callable[[], object] = lambda: None,
         keep_s: float = KEEP_S,
         clean: bool = True,
+        note: Callable[[int], WorkerNote] | None = None,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         if keep_s <= 0:
@@ -100,6 +150,12 @@ class ControlWatch:
         self._changed = changed
         self._keep_ms = int(keep_s * 1000)
         self._clean = clean
+        self._note_at = note
+        #: What it told of itself last, and when it does so next (time.monotonic()).
+        self._own: WorkerNote | None = None
+        self._tell_at = 0.0
+        #: Who could run what: an answer for each name, as long as the workers are these.
+        self._could: tuple[dict[str, WorkerNote], dict[tuple[str, int], str]] = ({}, {})
         self._now_ms = now_ms
         self._known = ControlSet()
         self._pauses: dict[str, Pause] = {}
@@ -135,6 +191,20 @@ class ControlWatch:
     def pauses(self) -> tuple[Pause, ...]:
         """All that is paused, and by whom."""
         return tuple(self._pauses.values())
+
+    def workers(self) -> list[WorkerNote]:
+        """The workers of the group that are there, as far as they tell."""
+        return self._known.workers_at(self._now_ms())
+
+    def who_could_run(self, entrypoint: str, itinerary: int) -> str:
+        """Which workers know this name and read itineraries of this version, as a phrase; "" when nobody tells."""
+        known = self._known.workers
+        if self._could[0] is not known or len(self._could[1]) > _ANSWERS:
+            self._could = known, {}
+        answers = self._could[1]
+        if (entrypoint, itinerary) not in answers:
+            answers[entrypoint, itinerary] = _who_could(self.workers(), entrypoint, itinerary)
+        return answers[entrypoint, itinerary]
 
     # -- from start to end ---------------------------------------------------------------------------------------------
 
@@ -179,6 +249,8 @@ class ControlWatch:
                 refused = isinstance(exc, ConfigurationError)
                 self._note(exc)
                 stopping.wait(_REFUSED_AGAIN_S if refused else _AGAIN_S)
+        if self._own is not None:
+            self._send(Change(self._own.key, None), _LEAVE_S)
 
     def _read(self) -> None:
         """Read the topic from its start, and on for a while."""
@@ -205,7 +277,9 @@ class ControlWatch:
         if now >= self._look_at:
             self._look_at = now + _OLD_EVERY_S * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
             self._known.expire(self._oldest_ms())
-            self._write([Change(told.key, None, told.at_ms) for told in self._known.expired.values()])
+            old: list[Abort | WorkerNote] = [*self._known.expired.values(), *self._old_workers()]
+            self._write([Change(told.key, None, told.at_ms) for told in old])
+        self._tell_of_itself(now)
         if self._known.wronged and now >= self._write_at:
             self._write([Change(told.key, told) for told in self._known.wronged.values()])
 
@@ -233,7 +307,10 @@ class ControlWatch:
         known, changed, oldest_ms = self._known, False, self._oldest_ms()
         for record in records:
             change = known.apply(record)
-            if change is not None:
+            if change is not None and change.key.startswith("worker:"):
+                if self._own is not None and change.key == self._own.key and change.entry is None:
+                    self._tell_at = 0.0  # an old note of this name was taken out, and the new one with it
+            elif change is not None:
                 changed = True
                 _tell(change.key, change.entry)
                 if isinstance(change.entry, Abort) and change.entry.at_ms <= oldest_ms:
@@ -273,6 +350,36 @@ class ControlWatch:
         """What was told then, or before, holds no more."""
         return self._now_ms() - self._keep_ms
 
+    def _old_workers(self) -> list[WorkerNote]:
+        """Those that ended without a word."""
+        there = self.workers()
+        return [note for note in self._known.workers.values() if note not in there]
+
+    def _tell_of_itself(self, now: float) -> None:
+        """Write what this worker is, now and then; not where the first record would make the topic."""
+        if self._note_at is None or now < self._tell_at or self._stopping.is_set():
+            return
+        note = self._note_at(self._now_ms())
+        if self._send(Change(note.key, note), _WRITE_S):
+            self._own, self._tell_at = note, now + _TELL_EVERY_S
+        else:
+            self._tell_at = now + _REFUSED_AGAIN_S
+
+    def _send(self, change: Change, timeout_s: float) -> bool:
+        """Write what is of this worker; False when that could not be, which does no harm."""
+        try:
+            if not self._transport.admin().describe([self._topic], timeout_s):
+                return False
+            sink = self._transport.sink()
+            try:
+                send_control(sink, self._group, [change], timeout_s)
+            finally:
+                sink.close(_CLOSE_S)
+        except Error as exc:
+            logger.info("Topic %s does not say what this worker knows: %s", self._topic, exc.message)
+            return False
+        return True
+
     def _write(self, changes: Sequence[Change]) -> None:
         """Write these, some at a time. What fails is done again later, here or by another worker."""
         if not changes or not self._clean:
@@ -294,12 +401,26 @@ def _names(pauses: Mapping[str, Pause], kind: PauseKind) -> frozenset[str]:
     return frozenset(entry.name for entry in pauses.values() if entry.kind == kind) or _NONE
 
 
-def _tell(key: str, entry: Abort | Pause | None) -> None:
+def _who_could(workers: Sequence[WorkerNote], entrypoint: str, itinerary: int) -> str:
+    if not workers:
+        return ""
+    able = [note.name for note in workers if entrypoint in note.entrypoints and note.itinerary >= itinerary]
+    if able:
+        more = f" and {len(able) - _NAMED} more" if len(able) > _NAMED else ""
+        return f"{', '.join(able[:_NAMED])}{more} can run it"
+    known = frozenset[str]().union(*(note.entrypoints for note in workers))
+    close = difflib.get_close_matches(entrypoint, sorted(known), _NAMED, _CLOSE) if entrypoint not in known else []
+    doubt = "" if all(note.complete for note in workers) else "tells that it "
+    like = f"; they know {', '.join(close)}" if close else ""
+    return f"no worker of the group {doubt}can run it{like}"
+
+
+def _tell(key: str, entry: Abort | Pause | WorkerNote | None) -> None:
     verb, _, what = key.partition(":")
     if isinstance(entry, Abort):
         logger.info("Told: %s up to run %d is %s", entry.uuid, entry.run, entry.reason)
     elif verb == "abort":
         logger.info("Told: %s is aborted no more", what)
     else:
-        told = f"is {entry.reason}" if entry is not None else "goes on"
+        told = f"is {entry.reason}" if isinstance(entry, Pause) else "goes on"
         logger.info("Told: the %s %s", what.replace(":", " ", 1), told)

@@ -1,7 +1,7 @@
 """Which records run side by side: records of one key one after the other, those of different keys in parallel."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from kser.transport import Record
@@ -135,6 +135,21 @@ class Dispatcher:
                 units.append(waiting)
         if units:
             self._submit(units)
+
+    def behind(self, item: Item) -> Collection[Item]:
+        """What waits in the lane of the unit that this one is the first of."""
+        waiting: Any = item.state.lanes.get(item.record.key if self._ordering == "key" else _WHOLE)
+        return waiting if type(waiting) is deque else ()
+
+    def waiting(self, state: PartitionState) -> list[deque[Item]]:
+        """What waits in each lane of a partition, behind the unit that is under way."""
+        return [waiting for waiting in state.lanes.values() if type(waiting) is deque]
+
+    def drop(self, state: PartitionState) -> list[Item]:
+        """Take out what waits in the lanes of a partition that is going: nobody frees the lane of what is refused."""
+        dropped = [item for waiting in self.waiting(state) for item in waiting]
+        state.lanes.clear()
+        return dropped
 
 
 #: The lane that is a whole partition.

@@ -21,6 +21,7 @@ from kser import context
 from kser.context import Control
 from kser.entry import Entrypoint
 from kser.errors import TaskTimeoutError
+from kser.transport import Record
 from kser.worker.control import ControlWatch
 from kser.worker.dispatch import Item, Unit
 from kser.worker.health import RunningTask
@@ -463,8 +464,8 @@ class Executor:
                         if hand.abandoned:
                             return
                         break
-                    if item.outcome.again_s is not None:
-                        item.rest = rest  # whether these wait for it is not for this thread to say
+                    if item.outcome.again_s is not None or item.outcome.kind == "broken":
+                        item.rest = rest  # what becomes of these is not for this thread to say
                         finished.append(item)
                         break
                     finished.append(item)
@@ -495,7 +496,7 @@ class Executor:
             if work is None:
                 opened = self._runner.open(record)
                 if isinstance(opened, Outcome):
-                    item.outcome = opened
+                    item.outcome = self._unless_aborted(opened, record)
                     return True
                 work = item.work = opened
                 cls = work.cls
@@ -538,6 +539,15 @@ class Executor:
         if item.admitted is not None:
             self._leave(item)
         return True
+
+    def _unless_aborted(self, outcome: Outcome, record: Record) -> Outcome:
+        """The outcome of a record that is not run now, or its end: what was aborted waits no longer."""
+        told = self._told
+        if outcome.kind == "delayed" and told is not None and told.aborts:
+            work = self._runner.open(record, early=True)
+            if isinstance(work, Work) and (abort := told.aborted(*work.subject)) is not None:
+                return self._runner.abort(work, f"was {abort.reason}")
+        return outcome
 
     def _stopped(self, told: ControlWatch, item: Item, work: Work) -> bool:
         """Whether people do not want this to be run, or to count; its outcome is then made."""

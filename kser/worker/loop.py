@@ -39,10 +39,11 @@ from kser.worker.executor import Executor
 from kser.worker.health import HealthStatus
 from kser.worker.lockfiles import LockFiles
 from kser.worker.offsets import METADATA_BYTES, SUSPECT_AFTER, Parked, PartitionState, decode
-from kser.worker.parking import KEYS, LONGEST_S, ParkingLot
+from kser.worker.parking import KEYS, LONGEST_S, Backlog, ParkingLot, size_of
 from kser.worker.runner import Outcome, Runner, Work
 from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
 from kser.worker.state import StateStore, owner_of, state_topic
+from kser.worker.state_loader import StateLoader
 from kser.worker.tiers import MAX_DELAY_S, SHORTEST_S, dead_letter_topic, to_tier
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ _MUCH: Final = METADATA_BYTES // 2
 #: when and why it waited for somebody who can do that.
 _WON: Final = frozenset({headers.CLAIM})
 _NOT_ALONG: Final = _WON | {headers.WAITING, headers.REASON}
+#: What is left as it is, for the next owner: its partition went while it ran, or it broke the worker.
+_LEFT: Final = frozenset({"aborted", "broken"})
 #: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
 _UNRESOLVED_S: Final = 30.0
 #: How long it is asked where partitions that come were left, in seconds, and for how long at a time: that late is a
@@ -180,9 +183,12 @@ class Loop:
         self.bytes_unsettled = 0
         #: What waits for its next attempt, and what waits behind it; not in flight.
         self.lot = ParkingLot()
-        #: Who was first with a key; of the partitions in ``_claimable`` it is loaded.
+        self.backlog = Backlog(self.lot, self.dispatcher, worker.max_in_flight, worker.max_bytes)
+        #: Paused because too much of them waits.
+        self.clogged: set[Partition] = set()
+        #: Who was first with a key. Not loaded before the first claim of a partition comes: most never see one.
         self.store = StateStore(transport, worker.group, create=worker.create_topics)
-        self._claimable: set[Partition] = set()
+        self.loader = StateLoader(self.store, lambda: self._inbox.put(None))
         #: Finished, not settled, in the order they finished.
         self.pending: list[Item] = []
         self.batch: Batch | None = None
@@ -252,7 +258,9 @@ class Loop:
             self._unpark(now)
         if self.watch is not None and self.watch.version != self._watched:
             self._heed(self.watch)
-        working = bool(self.in_flight or self.pending or self.batch is not None)
+        self._clog()
+        loading = bool(self.loader.loading) and self._load()
+        working = bool(self.in_flight or self.pending or self.batch is not None or loading)
         full = self._full()
         if not full or self.halted or now - self._polled > _JAM_S:
             self._polled = now
@@ -265,7 +273,7 @@ class Loop:
                 self._take(records)
             elif now - self._kicked > _KICK_S:
                 self._kick(now)
-        waiting = self.in_flight or self.batch is not None
+        waiting = self.in_flight or self.batch is not None or loading
         self._collect(self._wait(now) if waiting and not records else 0)
         self._settle()
         self.executor.look_after()
@@ -275,15 +283,55 @@ class Loop:
                 "worker ends, so that a new one starts without them"
             )
         busy = working or records or self.in_flight or self.pending or self.uncommitted or self._storing
-        return bool(self.parts) and not busy and not self.lot.items
+        return bool(self.parts) and not (busy or loading or self.lot.items)
+
+    def _load(self) -> bool:
+        """Go on with the partitions whose state is here now; whether others wait for theirs."""
+        try:
+            self._go_on(self.loader.collect())
+        except Error as exc:
+            self.failure = self.failure or exc
+        return bool(self.loader.loading)
 
     def _full(self) -> bool:
         """Whether there is so much taken and not run, or run and not settled, that no more is fetched."""
-        lot, worker = self.lot, self.worker
+        worker, waits = self.worker, self.backlog
+        taken, most = self._taken()
+        size = self.bytes_in_flight + self.bytes_unsettled + self.lot.bytes - waits.bytes
         return (
-            max(self.in_flight + lot.items, len(self.pending)) >= worker.max_in_flight
-            or self.bytes_in_flight + self.bytes_unsettled + lot.bytes >= worker.max_bytes
+            taken >= most
+            or len(self.pending) >= worker.max_in_flight
+            or size >= worker.max_bytes - min(waits.bytes, waits.most_bytes)
         )
+
+    def _taken(self) -> tuple[int, int]:
+        """Records taken and not run that do not wait behind another, and how many these may be."""
+        waits = self.backlog
+        taken = self.in_flight + self.lot.items - waits.items
+        return taken, self.worker.max_in_flight - min(waits.items, waits.most_items)
+
+    def _clog(self) -> None:
+        """Pause the partitions of which too much waits: a key that waits must not stop all others."""
+        lot, waits = self.lot, self.backlog
+        much = self.in_flight + lot.items > waits.most_items or self.bytes_in_flight + lot.bytes > waits.most_bytes
+        if waits.clogged or (much and lot.items):
+            waits.look(self.parts)
+        else:
+            waits.clear()
+        if waits.clogged != self.clogged:
+            more, less = waits.clogged - self.clogged, self.clogged - waits.clogged
+            self.clogged = set(waits.clogged)
+            if more:
+                logger.info("Paused until less of it waits: %s", ", ".join(f"{of.topic}/{of.partition}" for of in more))
+                self.source.pause(more)
+            self._go_on(less)
+
+    def _go_on(self, partitions: Iterable[Partition]) -> None:
+        """Fetch those again that nothing else keeps paused."""
+        kept = (self.halted, self.bounded, self.stilled, self.clogged, self.loader.loading)
+        free = [of for of in partitions if of in self.parts and not any(of in paused for paused in kept)]
+        if free:
+            self.source.resume(free)
 
     def _wait_to_join(self, now: float) -> None:
         """Notice that the group has taken this worker in; say so when it does not: Kafka tells no error."""
@@ -339,7 +387,7 @@ class Loop:
         partition is met once.
         """
         self._kicked = now
-        paused = self.halted | self.bounded | self.stilled
+        paused = self.halted | self.bounded | self.stilled | self.clogged | self.loader.loading
         quiet = [state for of, state in self.parts.items() if of not in paused]
         if not quiet:
             return
@@ -381,9 +429,14 @@ class Loop:
         items: list[Item] = []
         parts, size = self.parts, 0
         fresh: dict[PartitionState, Position] = {}
+        early: dict[PartitionState, int] = {}
         for record in records:
             state = parts.get((record.topic, record.partition))  # type: ignore[call-overload]
-            if state is None or state.closed:
+            if state is None or state.closed or (early and state in early):
+                continue
+            key = record.header(headers.CLAIM) if record.headers else None
+            if key and state.of not in self.loader.loaded:
+                early[state] = record.offset
                 continue
             if not state.marked:
                 fresh[state] = self._mark(state, record.offset)
@@ -403,11 +456,13 @@ class Loop:
                 item.suspect = True
             if item.suspect:
                 self.stats["suspects"] += 1
-            if record.headers and (key := record.header(headers.CLAIM)) and not self._claim(item, key):
+            if key and not self._claim(item, key):
                 items.pop()
                 continue
             if record.value is not None:
                 size += len(record.value)
+        if early:
+            self._hold_back(early)
         if fresh:
             self._open(fresh)
         if items:
@@ -419,10 +474,6 @@ class Loop:
         """Whether a record that may run only if it is the first one to bring ``key`` is that; if not it is finished."""
         record, state = item.record, item.state
         name = key.decode("utf-8", "backslashreplace")
-        if state.of not in self._claimable:
-            # Not before the first one comes: most partitions never see one.
-            self._claimable.add(state.of)
-            self.store.load([state.of])
         try:
             claim = self.store.claim(state.of, name, owner_of(record))
         except ConfigurationError as exc:
@@ -439,6 +490,13 @@ class Loop:
         self.pending.append(item)
         self.bytes_unsettled += len(record.value or b"")
         return False
+
+    def _hold_back(self, early: Mapping[PartitionState, int]) -> None:
+        """Fetch from these offsets on again once it is known who was first with a key."""
+        for state, offset in early.items():
+            self.loader.start(state)
+            self.source.pause([state.of])
+            self.source.seek(Position(*state.of, offset))
 
     def _mark(self, state: PartitionState, offset: int) -> Position:
         """What to commit before the first record of a partition is run, the one with this offset."""
@@ -477,7 +535,7 @@ class Loop:
     def _run_units(self, units: Sequence[deque[Item]]) -> None:
         for unit in units:
             self.in_flight += len(unit)
-            self.bytes_in_flight += sum(len(item.record.value or b"") for item in unit)
+            self.bytes_in_flight += size_of(unit)
         if units:
             self.executor.submit([*units])
 
@@ -493,7 +551,7 @@ class Loop:
             attempt += 1
             cls = item.work.cls
             stays = cls is not None and cls.order == "strict"
-        room = len(state.parked) < KEYS and self.lot.items < self.worker.max_in_flight // 2
+        room = len(state.parked) < KEYS and self.lot.items < self.backlog.most_items and state.of not in self.clogged
         short = delay_s <= LONGEST_S and room
         if outcome.kind != "waiting" and (short or stays):
             again = Item(state, record if outcome.kind == "delayed" else _with(record, {headers.ATTEMPT: attempt}))
@@ -503,7 +561,7 @@ class Loop:
                 again.claim = item.claim
             rest.appendleft(again)
             self.in_flight -= len(rest) - 1
-            self.bytes_in_flight -= sum(len(each.record.value or b"") for each in rest) - len(record.value or b"")
+            self.bytes_in_flight -= size_of(rest) - len(record.value or b"")
             self.lot.put(rest, time.monotonic() + delay_s)
             if outcome.kind == "delayed":
                 return False
@@ -575,7 +633,7 @@ class Loop:
             self.source.pause(pause)
         if resume:
             self.stilled.difference_update(resume)
-            self.source.resume([of for of in resume if of not in self.halted and of not in self.bounded])
+            self._go_on(resume)
 
     def _give_back(self, records: Sequence[Record], topics: AbstractSet[str]) -> list[Record]:
         """The records without those of paused topics, which came before the pause did: they are fetched again."""
@@ -599,9 +657,11 @@ class Loop:
             if more:
                 self.source.pause(more)
                 self.halted |= more
-        elif self.halted and max(self.in_flight + self.lot.items, len(self.pending)) <= self.worker.max_in_flight // 2:
-            self.source.resume((self.halted & self.parts.keys()) - self.bounded - self.stilled)
-            self.halted.clear()
+        elif self.halted and len(self.pending) <= self.worker.max_in_flight // 2:
+            taken, most = self._taken()
+            if taken <= most // 2:
+                halted, self.halted = self.halted, set()
+                self._go_on(halted)
 
     def _bound(self, positions: Iterable[Position]) -> None:
         """Pause a partition whose unfinished offsets nearly fill what can be stored beside the committed one."""
@@ -613,8 +673,7 @@ class Loop:
                 self.source.pause([of])
             elif size < _MUCH // 2 and of in self.bounded:
                 self.bounded.discard(of)
-                if of not in self.halted and of not in self.stilled:
-                    self.source.resume([of])
+                self._go_on([of])
 
     def _run_isolated(self, item: Item, work: Work) -> Outcome:
         """Run one record in a child process; in one of the executor's threads."""
@@ -662,10 +721,12 @@ class Loop:
             record, state, outcome = item.record, item.state, item.outcome
             if record.value is not None:
                 size += len(record.value)
-            if outcome is None or state.gone or outcome.kind == "aborted":
-                self.stats["discarded"] += 1  # of an assignment that is over: whoever owns the partition runs it
+            if outcome is not None and outcome.kind == "broken":
+                self._broken()
+            if outcome is None or state.gone or outcome.kind in _LEFT:
+                self.stats["discarded"] += 1  # whoever owns the partition runs it
                 left_out += len(record.value or b"")
-                for behind in item.rest or ():  # it was to wait with it
+                for behind in item.rest or ():  # it was to come after it
                     count += 1
                     size += len(behind.record.value or b"")
                     left_out += len(behind.record.value or b"")
@@ -674,11 +735,6 @@ class Loop:
                 done += 1
             else:
                 self.stats[outcome.kind] += 1
-                if outcome.kind == "broken":
-                    logger.error("Stopping: a record broke the worker; it stays unsettled")
-                    self.worker.stop()
-                    left_out += len(record.value or b"")
-                    continue
                 if outcome.again_s is not None:
                     if item.claim is not None and outcome.kind != "delayed":
                         item.claimed()
@@ -703,6 +759,13 @@ class Loop:
         self.bytes_unsettled += size - left_out
         if freed and self.worker.ordering != "none":
             self.dispatcher.freed(freed)
+
+    def _broken(self) -> None:
+        """A fault of kser itself, at a record that a release with the cure runs, and those of its key after it."""
+        self.stats["broken"] += 1
+        if not self.worker.stopping:
+            logger.error("Stopping: a record broke the worker; it stays unsettled")
+            self.worker.stop()
 
     # -- settling ----------------------------------------------------------------------------------------------------
 
@@ -776,7 +839,7 @@ class Loop:
         held += later
         self.pending = held
         self.batch = Batch(items, positions, member, settle_id, states)
-        self.batch.size = _bytes_of(items) if held else self.bytes_unsettled
+        self.batch.size = size_of(items) if held else self.bytes_unsettled
         self._settler.give(self.batch)
 
     def _without_away(self, now: float) -> tuple[list[Item], list[Item]]:
@@ -842,7 +905,7 @@ class Loop:
                 self._refused(item, error)
         if verdict.again or verdict.refused:
             self._weigh()
-        if self._claimable:
+        if self.loader.loaded:
             for item in verdict.settled:
                 if item.claim is not None:
                     self.store.settled(item.claim)
@@ -999,7 +1062,7 @@ class Loop:
     def _weigh(self) -> None:
         """Count anew what is run and not settled: some of it did not go the usual way."""
         batches = [batch for batch in (self.batch, self.unknown) if batch is not None]
-        self.bytes_unsettled = _bytes_of(self.pending) + sum(batch.size for batch in batches)
+        self.bytes_unsettled = size_of(self.pending) + sum(batch.size for batch in batches)
 
     # -- rebalances (RebalanceListener) ------------------------------------------------------------------------------
 
@@ -1011,9 +1074,8 @@ class Loop:
             self.parts[position.of] = state = PartitionState(position.of, position)
             if state.was_open:
                 self._crashed(state)
-            self.halted.discard(position.of)
-            self.bounded.discard(position.of)
-            self.stilled.discard(position.of)
+            for paused in (self.halted, self.bounded, self.stilled, self.clogged, self.backlog.clogged):
+                paused.discard(position.of)
         self._watched = -1  # so that topics that people paused are paused again
         logger.debug("Assigned: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
         return [position for position in found if position.offset >= 0]
@@ -1074,18 +1136,24 @@ class Loop:
 
     def on_lost(self, partitions: Sequence[Partition]) -> None:
         """Others may own them already: drop everything, commit nothing."""
-        for partition in partitions:
-            if partition in self.parts:
-                self.parts[partition].closed = True
+        self._shut([self.parts[partition] for partition in partitions if partition in self.parts])
         self._forget(partitions)
         self._joined = False
         logger.warning("Lost: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
 
-    def _close(self, states: Sequence[PartitionState], end: float) -> None:
+    def _shut(self, states: Iterable[PartitionState]) -> None:
+        """Start nothing more of these: what was taken and has not begun is left to the next owner."""
         for state in states:
             state.closed = True
-        closing = set(states)
+            if waiting := self.dispatcher.drop(state):
+                self.in_flight -= len(waiting)
+                self.bytes_in_flight -= size_of(waiting)
+                self.stats["discarded"] += len(waiting)
         self.executor.drop_closed()
+
+    def _close(self, states: Sequence[PartitionState], end: float) -> None:
+        self._shut(states)
+        closing = set(states)
 
         def running() -> bool:
             return self.executor.running_of(closing) or bool(self.executor.finished)
@@ -1132,14 +1200,12 @@ class Loop:
         for state in gone:
             state.gone = True
             self.uncommitted.discard(state)
-            self.halted.discard(state.of)
-            self.bounded.discard(state.of)
-            self.stilled.discard(state.of)
+            for paused in (self.halted, self.bounded, self.stilled, self.clogged, self.backlog.clogged):
+                paused.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]
         self._weigh()
         self.lot.drop(set(gone))
-        self.store.drop(state.of for state in gone)
-        self._claimable.difference_update(state.of for state in gone)
+        self.loader.drop(state.of for state in gone)
         self.executor.abort("lost", set(gone))
         self.executor.drop_closed()
 
@@ -1150,10 +1216,8 @@ class Loop:
         self.draining = True
         self.worker.drains()
         logger.info("Stopping: up to %s s for what is running", self.worker.drain_s)
-        for state in self.parts.values():
-            state.closed = True  # what was taken but not started is left to the next owner
+        self._shut(self.parts.values())
         self.executor.release()
-        self.executor.drop_closed()
         self.stop_by = time.monotonic() + self.worker.drain_s
         settle_by = self.stop_by + self.worker.settle_limit_s
         while self.worker.stopping < 2 and self.failure is None:
@@ -1234,7 +1298,3 @@ def _with(record: Record, changed: Mapping[str, int | str], without: AbstractSet
 
 def _offsets_of(state: PartitionState, items: Iterable[Item]) -> list[int]:
     return [item.record.offset for item in items if item.state is state]
-
-
-def _bytes_of(items: Iterable[Item]) -> int:
-    return sum(len(item.record.value or b"") for item in items)

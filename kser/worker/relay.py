@@ -9,23 +9,30 @@ hangs. Whatever goes wrong and does not pass by itself ends the session: a new s
 what the old one left open, then a new source begins at what is committed.
 
 At least once: records are confirmed, then their offsets are committed.
+
+What people abort goes back to its origin at once, where a worker ends it. The relay sees what it holds; a hop takes an
+hour at most, so the rest comes into its hands within that time. What it has taken out of the middle of a partition is
+noted beside the committed offset, so that it is taken once.
 """
 
+import contextlib
+import itertools
 import logging
 import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol
 
+from kser import headers as names
 from kser.errors import DeliveryError, Error, FencedError, GroupError, OffsetLostError, TransportError, ValidationError
 from kser.transport import GroupMember, OutRecord, Partition, Position, Record, Sink, Source, Transport
 from kser.transport.clock import Clock, RealClock
-from kser.worker.tiers import coordinates, dead_letter, dead_letter_topic, due_ms, onward, tier_topic
+from kser.worker.tiers import coordinates, dead_letter, dead_letter_topic, due_ms, onward, recall, tier_topic
 from kser.worker.topic_plan import TIERS
 
 __all__ = ["Relay", "RelayPlan", "RelayStatus", "Session"]
@@ -63,6 +70,10 @@ _LONGEST_SESSION_S: Final = 30.0
 _GOOD_S: Final = 60.0
 #: The same trouble is logged once in this time, in seconds.
 _QUIET_S: Final = 300.0
+#: Records of a partition that may be taken out before their time: their offsets have to fit beside the committed one.
+_MOST_GONE: Final = 400
+#: Version of that note.
+_NOTE: Final = "r1;"
 #: What an entry takes beside its bytes, about.
 _ENTRY_BYTES: Final = 500
 
@@ -98,6 +109,17 @@ class _Quiet:
             logger.warning(text, *arguments)
 
 
+class Aborts(Protocol):
+    """What a relay asks about aborts: kser.worker.control.Aborted."""
+
+    @property
+    def version(self) -> int:
+        """Another one once more is aborted; 0: nothing ever was."""
+
+    def means(self, record: Record) -> bool:
+        """Whether the message in this record is to be run no more."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RelayPlan:
     """What a relay is to do: the arguments of Relay, and what its sessions share."""
@@ -111,6 +133,7 @@ class RelayPlan:
     max_records: int = 500
     max_bytes: int = 16 * 1024 * 1024
     on_lost_offset: Literal["stop", "earliest", "latest"] = "stop"
+    aborted: Aborts | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     moved: Counter[str] = field(default_factory=Counter)
     quiet: _Quiet = field(default_factory=_Quiet)
@@ -141,6 +164,7 @@ class Relay:
         on_lost_offset: for a committed offset beyond the end of its partition, as after a topic was made anew: "stop"
             leaves the partition as it is and says so; "earliest" takes all that is in it, what has been moved on
             before too; "latest" nothing. When records were deleted before they were due it goes on behind them, always.
+        aborted: which records need not wait any longer; None: all of them do.
 
     Thread rule: all methods from any thread.
     """
@@ -157,6 +181,7 @@ class Relay:
         max_records: int = 500,
         max_bytes: int = 16 * 1024 * 1024,
         on_lost_offset: Literal["stop", "earliest", "latest"] = "stop",
+        aborted: Aborts | None = None,
     ) -> None:
         self._plan = RelayPlan(
             transport=transport,
@@ -168,6 +193,7 @@ class Relay:
             max_records=max_records,
             max_bytes=max_bytes,
             on_lost_offset=on_lost_offset,
+            aborted=aborted,
         )
         self._session: Session | None = None
         self._problem = ""
@@ -304,7 +330,7 @@ class _Calls:
 class _Entry:
     """A record in memory."""
 
-    __slots__ = ("done", "due_ms", "error", "fate", "record", "size")
+    __slots__ = ("done", "due_ms", "error", "fate", "recalled", "record", "size")
 
     def __init__(self, record: Record, due: int) -> None:
         self.record = record
@@ -317,14 +343,16 @@ class _Entry:
         self.error: Error | None = None
         #: Confirmed, and its offset not committed yet. At least once only.
         self.done = False
+        #: What it belongs to was aborted.
+        self.recalled = False
 
 
 class _Lane:
     """What is known of one partition."""
 
-    __slots__ = ("bytes", "entries", "expected", "lost", "paused", "wake_ms")
+    __slots__ = ("bytes", "entries", "expected", "gone", "lost", "paused", "recalled", "wake_ms")
 
-    def __init__(self) -> None:
+    def __init__(self, gone: Iterable[int] = ()) -> None:
         #: What waits, in the order of offsets, and how much that is.
         self.entries: deque[_Entry] = deque()
         self.bytes = 0
@@ -335,6 +363,10 @@ class _Lane:
         self.paused = False
         #: Its committed offset does not exist, and nobody said where to go on.
         self.lost = False
+        #: Offsets above the committed one that were taken out before their time.
+        self.gone = set(gone)
+        #: How many entries are to be taken out.
+        self.recalled = 0
 
     @property
     def next_ms(self) -> int | None:
@@ -354,17 +386,32 @@ class _Lane:
         self.entries.append(entry)
         self.bytes += entry.size
 
-    def drop_first(self) -> None:
-        self.bytes -= self.entries.popleft().size
+    def place_after(self, moved: Collection[_Entry]) -> tuple[int, list[int]]:
+        """What is to be committed when these are moved: the offset, and those above it that are done with."""
+        base = self.entries[0].record.offset
+        for entry in self.entries:
+            if entry not in moved:
+                break
+            base = entry.record.offset + 1
+        return base, sorted(at for at in self.gone.union(entry.record.offset for entry in moved) if at >= base)
+
+    def forget(self, moved: Collection[_Entry]) -> None:
+        """These were moved, and that is committed."""
+        self.gone = set(self.place_after(moved)[1])
+        self.recalled -= sum(entry.recalled for entry in moved)
+        self.bytes -= sum(entry.size for entry in moved)
+        self.entries = deque(entry for entry in self.entries if entry not in moved)
 
     def drop_last(self) -> _Entry:
         entry = self.entries.pop()
         self.bytes -= entry.size
+        self.recalled -= entry.recalled
         return entry
 
     def clear(self) -> None:
         self.entries.clear()
-        self.bytes, self.wake_ms, self.expected = 0, None, None
+        self.gone.clear()
+        self.bytes, self.recalled, self.wake_ms, self.expected = 0, 0, None, None
 
 
 class Session:
@@ -393,6 +440,8 @@ class Session:
         self.problem = ""
         #: Whether it has moved something.
         self.proved = False
+        #: The version of the aborts that all entries were compared with.
+        self._heeded = 0
 
     # -- its life ------------------------------------------------------------------------------------------------------
 
@@ -421,12 +470,19 @@ class Session:
         except OffsetLostError as exc:
             self._find_again(source, exc)
             return
+        came: list[_Entry] = []
         for record in records:
             if (lane := self._lanes.get(record.of)) is not None:
                 lane.check(record)
-                lane.add(_Entry(record, due_ms(record, self._delays[record.topic])))
+                if record.offset in lane.gone:
+                    continue
+                came.append(_Entry(record, due_ms(record, self._delays[record.topic])))
+                lane.add(came[-1])
                 lane.wake_ms = None
         batch = self._due()
+        if self._plan.aborted is not None:
+            self._recall(self._plan.aborted, came)
+            batch += self._recalled(batch)
         if not batch:
             self._failures, self.problem = 0, self._lost()
         elif self._plan.clock.monotonic() >= self._not_before:
@@ -475,7 +531,7 @@ class Session:
         source = self._joined()
         starts = source.committed(partitions, _COMMITTED_S)
         starts = [p if p.offset >= 0 else p._replace(offset=source.watermarks(p.of)[0]) for p in starts]
-        self._lanes.update({partition: _Lane() for partition in partitions})
+        self._lanes.update({start.of: _Lane(_noted(start.offset, start.metadata)) for start in starts})
         return starts
 
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
@@ -528,6 +584,33 @@ class Session:
                     break
                 batch.append(entry)
         return batch
+
+    def _recall(self, aborted: Aborts, came: Sequence[_Entry]) -> None:
+        """Mark what need not wait any longer: of what came just now, or of all that is here when more is told."""
+        version = aborted.version
+        look: Iterable[_Entry] = came
+        if version != self._heeded:
+            self._heeded = version
+            look = [entry for lane in self._lanes.values() for entry in lane.entries]
+        if not version:
+            return
+        for entry in look:
+            record = entry.record
+            if entry.recalled or names.value_of(record.headers, names.RECALLED) is not None:
+                continue
+            if aborted.means(record):
+                entry.recalled = True
+                self._lanes[record.of].recalled += 1
+
+    def _recalled(self, batch: Sequence[_Entry]) -> list[_Entry]:
+        """What is to be taken out before its time, and is not in the batch; no more than can be noted."""
+        found: list[_Entry] = []
+        due = set(batch)
+        for lane in self._lanes.values():
+            if lane.recalled:
+                room = max(min(_MOST_GONE - len(lane.gone), _BATCH - len(due) - len(found)), 0)
+                found += [entry for entry in lane.entries if entry.recalled and entry not in due][:room]
+        return found
 
     def _trim(self, source: Source) -> None:
         """Let go of records, those that wait longest first, when they are too many bytes. They are read again."""
@@ -599,15 +682,21 @@ class Session:
     def _out(self, entry: _Entry) -> OutRecord:
         plan, record, now = self._plan, entry.record, self._plan.clock.time_ms()
         if entry.fate == "onward" or entry.error is None:
+            if entry.recalled and entry.due_ms > now:
+                with contextlib.suppress(ValidationError):  # nobody knows where to, or when: a dead letter
+                    return recall(record, plan.group, plan.tiers)
             return onward(record, plan.group, now, plan.tiers, plan.worker)
         if entry.fate == "dead_letter":
             return dead_letter(record, plan.group, entry.error, now, plan.tiers, plan.worker)
         return coordinates(record, plan.group, entry.error, now, plan.worker)
 
     def _positions(self, entries: Sequence[_Entry]) -> list[Position]:
-        """What to commit when these are done; of each partition they are the first."""
-        ends = {entry.record.of: entry.record.offset + 1 for entry in entries}
-        return [Position(*partition, offset) for partition, offset in ends.items()]
+        """What to commit when these are done."""
+        found: list[Position] = []
+        for partition, moved in _by_partition(entries).items():
+            base, gone = self._lanes[partition].place_after(moved)
+            found.append(Position(*partition, base, _note(base, gone)))
+        return found
 
     def _moved(self, batch: Sequence[_Entry], outs: Sequence[OutRecord]) -> None:
         self._count(outs)
@@ -615,8 +704,8 @@ class Session:
         self._failures, self.problem, self.proved = 0, self._lost(), True
 
     def _forget(self, entries: Sequence[_Entry]) -> None:
-        for entry in entries:
-            self._lanes[entry.record.of].drop_first()
+        for partition, moved in _by_partition(entries).items():
+            self._lanes[partition].forget(moved)
 
     def _count(self, outs: Sequence[OutRecord]) -> None:
         for out in outs:
@@ -720,6 +809,32 @@ class Session:
                 error.message,
             )
         return changed
+
+
+def _by_partition(entries: Iterable[_Entry]) -> dict[Partition, set[_Entry]]:
+    found: dict[Partition, set[_Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.record.of, set()).add(entry)
+    return found
+
+
+def _note(base: int, gone: Sequence[int]) -> str:
+    """What stands beside an offset: those above it that are done with, each as the distance from the one before."""
+    if not gone:
+        return ""
+    return _NOTE + ",".join(f"{at - before:x}" for before, at in zip([base, *gone], gone, strict=False))
+
+
+def _noted(base: int, metadata: str) -> list[int]:
+    """The offsets in a note; none when it is not readable: then what was taken out is taken out once more."""
+    if not metadata.startswith(_NOTE):
+        return []
+    try:
+        return list(itertools.accumulate((int(part, 16) for part in metadata[len(_NOTE) :].split(",")), initial=base))[
+            1:
+        ]
+    except ValueError:
+        return []
 
 
 # -- calls of a sink that may hang: made in the thread of _Calls -------------------------------------------------------

@@ -178,6 +178,8 @@ class Runner:
         self.controller = controller
         self.worker = worker
         self.wait_s = wait_s
+        #: Says who could run what names this entrypoint, with an itinerary of this version; "": nobody knows.
+        self.who_could_run: Callable[[str, int], str] = lambda _entrypoint, _itinerary: ""
         self.sequencer = Sequencer(controller, limit)
         self._group = group.encode()
         self._headers = ((headers.GROUP, self._group),)
@@ -189,8 +191,19 @@ class Runner:
         work = self.open(record)
         return work if isinstance(work, Outcome) else self.execute(work)
 
-    def open(self, record: Record) -> "Work | Outcome":
-        """What a record asks for, or its Outcome when there is nothing to run. Runs hooks of the controller only."""
+    def subject_of(self, record: Record) -> tuple[str, int] | None:
+        """What an abort has to name to mean this record (see Work.subject); None when it cannot be read."""
+        try:
+            kmsg = self.controller.decode(record.value if record.value is not None else b"")
+            return Work(record, kmsg, None, Itinerary.of(kmsg), None, 1).subject
+        except Exception:  # noqa: BLE001 - data that is no message; a user's TRANSPORT may raise anything
+            return None
+
+    def open(self, record: Record, *, early: bool = False) -> "Work | Outcome":
+        """What a record asks for, or its Outcome when there is nothing to run. Runs hooks of the controller only.
+
+        ``early``: whether it is due does not matter.
+        """
         attempt = 1
         if record.headers:
             group = record.header(headers.GROUP)
@@ -198,7 +211,7 @@ class Runner:
                 return Outcome("foreign")
             attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
             not_before = headers.number(record.headers, headers.NOT_BEFORE)
-            if not_before and (left_ms := not_before - time.time() * 1000) > 0:
+            if not_before and not early and (left_ms := not_before - time.time() * 1000) > 0:
                 return Outcome("delayed", again_s=left_ms / 1000)
         try:
             kmsg = self.controller.decode(record.value if record.value is not None else b"")
@@ -252,7 +265,10 @@ class Runner:
         return outcome
 
     def abort(self, work: "Work", why: str) -> Outcome:
-        """What follows for a message whose operation was aborted: it is not run, and neither is what comes after it."""
+        """What follows for a message whose operation was aborted: it is not run, and neither is what comes after it.
+
+        It is kept in the dead letters, because somebody may want to resume the operation.
+        """
         task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
         task.entrypoint = work.kmsg.entrypoint
         result = results.from_exception(AbortedError(f"{work.name} {why}"), work.kmsg.uuid)
@@ -262,6 +278,7 @@ class Runner:
             if work.itinerary is None:
                 _number_run(consequences, work)
             outcome = self._outcome("abort", consequences, outbox)
+        self._keep(outcome.records, work.record, work.kmsg, result, work.attempt)
         outcome.refused = lambda _error: []
         return outcome
 
@@ -379,6 +396,9 @@ class Runner:
         if left_s <= 0:
             return None
         reason = f"{error.message}, on worker {self.worker} of group {self._group.decode()}"
+        version = error.extra.get("version")
+        if who := self.who_could_run(kmsg.entrypoint, version if isinstance(version, int) else VERSION):
+            reason += f"; {who}"
         events = []
         if not waited_since:
             logger.warning(
@@ -446,6 +466,8 @@ class Runner:
 
     def _launch(self, work: Work, operation: Operation, outbox: _Outbox) -> Outcome:
         itinerary, topic = work.itinerary, work.record.topic
+        if itinerary is None and (run := work.subject[1]) > 1:
+            itinerary = Itinerary(run=run)  # it came back from the dead letters
         consequences = self.sequencer.operation_reached(operation, itinerary, topic)
         outcome = self._outcome("failed" if operation.status == Status.FAILED else "done", consequences, outbox)
         outcome.refused = lambda error: self._refused(

@@ -14,7 +14,8 @@ What holds, and why:
 * At least once nobody is fenced: a former owner that does not know yet may write a claim after the load, as it may run
   a record a second time.
 
-Memory: about 0.2 KB for each key of the partitions that are owned. A key is kept for the retention, so a group that
+Memory: about 0.2 KB for each key of the partitions that are owned. A key is kept for the retention, those of FOR_EVER
+longer: there is one for each dead letter that was run again, and dead letters are kept for ever, too. So a group that
 claims one key a second in a partition for 30 days has 2.6 million, 0.6 GB: shorten the retention, or take more
 partitions, for much less than that.
 """
@@ -37,12 +38,14 @@ from kser.worker.topic_findings import Finding, find
 from kser.worker.topic_plan import KINDS, Feature, TopicPlan
 from kser.worker.topics import ensure_group_topics
 
-__all__ = ["RETENTION_S", "Claim", "StateStore", "Winner", "owner_of", "state_topic"]
+__all__ = ["FOR_EVER", "RETENTION_S", "Claim", "LoadedState", "StateStore", "Winner", "owner_of", "state_topic"]
 
 logger = logging.getLogger(__name__)
 
 #: How long a key is kept at least, in seconds, where nobody says otherwise: as long as messages in task topics are.
 RETENTION_S: Final = 30 * 24 * 3600.0
+#: Begin of the keys that are kept for ever.
+FOR_EVER: Final = "again:"
 #: Expired keys that one claim takes along: more than one, so that there are fewer and fewer of them.
 _STEP: Final = 2
 #: Seconds between two looks for a topic that was just made.
@@ -51,6 +54,7 @@ _AGAIN_S: Final = 0.1
 _LONG_KEY: Final = 256
 #: The owner of a key whose value is not readable: no record is called so.
 _UNREADABLE: Final = "?"
+_FOR_EVER: Final = FOR_EVER.encode()
 _STATE: Final = frozenset({Feature.STATE})
 _PATTERN: Final = next(kind.pattern for kind in KINDS if kind.feature is Feature.STATE)
 
@@ -96,7 +100,7 @@ class StateStore:
     The order of calls::
 
         source.committed(partitions)      # first: it waits for transactions of former owners
-        store.load(partitions)            # in on_assign, before a message of them is taken
+        store.load(partitions)            # before a claim of theirs is judged
         claim = store.claim(of, key, owner_of(record))
         ...                               # claim.records go into the transaction that settles the record
         store.settled(claim)              # it is committed, or at least once: confirmed
@@ -105,14 +109,17 @@ class StateStore:
 
     Without settled() claims hold just as well, but expired keys stay in memory until the partition goes.
 
-    Thread rule: load() and drop() are the poll thread's, the rest may come from any thread. No method but load() waits.
+    load() is read(), which may wait and may be called from any thread, and take_in(), which does not wait.
+
+    Thread rule: load(), take_in() and drop() are the poll thread's, the rest may come from any thread. No method but
+    load() and read() waits.
 
     Args:
         transport: where the topics are.
         group: the consumer group of the workers.
         create: make a state topic that is missing; False: claims of its task topic are refused.
-        retention_s: how long a key is kept at least, in seconds. Later claims take it out of the topic by and by; one
-            for the same key wins as soon as the time is over.
+        retention_s: how long a key is kept at least, in seconds, unless it is kept for ever. Later claims take it out
+            of the topic by and by; one for the same key wins as soon as the time is over.
         now_ms: the clock, milliseconds since the epoch.
     """
 
@@ -140,6 +147,13 @@ class StateStore:
     def load(self, partitions: Sequence[Partition], timeout_s: float = 60) -> None:
         """Read the state of these partitions of task topics; all of it is there when this returns, or none.
 
+        Raises as read() does.
+        """
+        self.take_in(self.read(partitions, timeout_s))
+
+    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> "LoadedState":
+        """The state of these partitions of task topics, for take_in().
+
         A state topic that is missing is made; where that cannot be, its state is empty and claims are refused.
 
         Raises:
@@ -161,7 +175,7 @@ class StateStore:
             for record in batch:
                 unreadable += not targets[record.topic, record.partition].take(record)
         for keys in loaded.values():
-            keys.ages.extend(keys.entries)
+            keys.ages.extend(key for key in keys.entries if not key.startswith(_FOR_EVER))
         if unreadable:
             logger.warning("%d records of the state are of no known form: their keys count as claimed", unreadable)
         if count:
@@ -169,6 +183,10 @@ class StateStore:
                 "%d keys of %d partitions loaded from %d records in %.1f s",
                 *(sum(len(keys.entries) for keys in loaded.values()), len(targets), count, time.monotonic() - began),
             )
+        return loaded
+
+    def take_in(self, loaded: "LoadedState") -> None:
+        """Have what read() gave: from now on keys of those partitions can be claimed."""
         with self._lock:
             self._loaded |= loaded
 
@@ -183,7 +201,7 @@ class StateStore:
         with self._lock:
             raw = self._keys(of).entries.get(_encoded(key))
             winner = _winner(raw) if raw is not None else None
-        return winner if winner is not None and winner.at_ms > self._oldest_ms() else None
+        return winner if winner is not None and self._holds(_encoded(key), winner) else None
 
     def claim(self, of: Partition, key: str, owner: str) -> Claim:
         """Claim a key for a record. It holds at once, for all who claim later; see the class for what has to follow.
@@ -207,7 +225,7 @@ class StateStore:
                 if winner.owner == owner:
                     return keys.unsettled.get(encoded) or Claim(won=True, winner=winner, of=of, key=encoded)
                 # While a record that takes it out is on its way, a new one might be written before that, and lost.
-                if winner.at_ms > self._oldest_ms() or encoded in keys.going:
+                if self._holds(encoded, winner) or encoded in keys.going:
                     return Claim(won=False, winner=winner, of=of, key=encoded)
             if (refusal := self._refusals.get(of.topic)) is not None:
                 raise ConfigurationError(f"The key {key[:100]!r} cannot be claimed, there is no state: {refusal}")
@@ -247,6 +265,10 @@ class StateStore:
         if keys is None:
             raise GroupError(f"The state of {of.topic}/{of.partition} is not here: this worker does not own it")
         return keys
+
+    def _holds(self, encoded: bytes, winner: Winner) -> bool:
+        """Whether its time is not over yet."""
+        return encoded.startswith(_FOR_EVER) or winner.at_ms > self._oldest_ms()
 
     def _oldest_ms(self) -> int:
         """What was claimed then, or before, is expired."""
@@ -312,7 +334,7 @@ class _Keys:
     def __init__(self) -> None:
         #: Each key with its value, as it is in the topic, or will be.
         self.entries: dict[bytes, bytes] = {}
-        #: The keys, the oldest claim first; a key that went may still be in it.
+        #: The keys that expire, the oldest claim first; one that went may still be in it.
         self.ages: deque[bytes] = deque()
         #: Claims that were won here and are not known to be durable.
         self.unsettled: dict[bytes, Claim] = {}
@@ -338,7 +360,8 @@ class _Keys:
     def add(self, claim: Claim, value: bytes) -> None:
         """Note a claim that was won."""
         self.entries[claim.key] = value
-        self.ages.append(claim.key)
+        if not claim.key.startswith(_FOR_EVER):
+            self.ages.append(claim.key)
         self.unsettled[claim.key] = claim
         self.going.update(claim.expired)
 
@@ -380,11 +403,17 @@ class _Keys:
         return tuple(found)
 
 
+#: What StateStore.read() gives: for StateStore.take_in().
+LoadedState = dict[Partition, _Keys]
+
+
 def _encoded(key: str) -> bytes:
     raw = key.encode("utf-8", "backslashreplace")
     if not raw:
         raise ValidationError("The key of a claim is empty: give one, or claim nothing")
-    return raw if len(raw) <= _LONG_KEY else b"sha256:" + hashlib.sha256(raw).hexdigest().encode()
+    if len(raw) <= _LONG_KEY:
+        return raw
+    return (_FOR_EVER if raw.startswith(_FOR_EVER) else b"") + b"sha256:" + hashlib.sha256(raw).hexdigest().encode()
 
 
 def _winner(raw: bytes) -> Winner:

@@ -27,6 +27,7 @@ __all__ = [
     "dead_letter_topic",
     "due_ms",
     "onward",
+    "recall",
     "tier_for",
     "tier_of",
     "tier_topic",
@@ -154,6 +155,18 @@ def onward(record: Record, group: str, now_ms: int, tiers: Mapping[str, float] =
     if left_ms > 0:
         kept = (*kept, (names.NOT_BEFORE, _number(at_ms)))
     return OutRecord(origin, record.key, record.value, kept)
+
+
+def recall(record: Record, group: str, tiers: Mapping[str, float] = TIERS) -> OutRecord:
+    """The record back in its origin before its time, with the rest of its delay: for one whose operation was aborted.
+
+    Raises ValidationError when it cannot be told where it has to go, or when it is due.
+    """
+    origin = _checked_origin(group, names.text(record.headers, names.ORIGIN_TOPIC), tiers)
+    at_ms = _due_at(record, due_ms(record, tiers[tier_of(group, record.topic, tiers) or ""]))
+    kept = _without(record.headers, _OF_THE_STAY | _ORIGIN)
+    mine = ((names.NOT_BEFORE, _number(at_ms)), (names.RECALLED, b"1"))
+    return OutRecord(origin, record.key, record.value, (*kept, *mine))
 
 
 def dead_letter(

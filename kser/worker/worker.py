@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from typing import Any, Final, Literal, get_args
 
 from kser import loading
-from kser.control import control_topic
+from kser.control import WorkerNote, control_topic
 from kser.controller import Controller
 from kser.errors import ConfigurationError, TransportError
 from kser.producer import max_message_bytes
+from kser.sequencing.itinerary import VERSION
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import TopicAdmin, Transport
-from kser.worker.control import ControlWatch
+from kser.worker.control import Aborted, ControlWatch
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
 from kser.worker.loop import Loop
@@ -270,7 +271,8 @@ class Worker:
             health = None
             try:
                 if self.control:
-                    self._watch = ControlWatch(transport, self.group)
+                    self._watch = ControlWatch(transport, self.group, note=self._note)
+                    runner.who_could_run = self._watch.who_could_run
                     self._watch.start()
                     if not self._is_told(self._watch):
                         return
@@ -279,7 +281,15 @@ class Worker:
                     health = HealthServer(self.health_port, self.status, self.health_host)
                     health.start()
                 if self.relay:
-                    self._relay = Relay(transport, self.group, self.name, delivery, on_lost_offset=self.on_lost_offset)
+                    aborted = Aborted(self._watch, runner) if self._watch is not None else None
+                    self._relay = Relay(
+                        transport,
+                        self.group,
+                        self.name,
+                        delivery,
+                        on_lost_offset=self.on_lost_offset,
+                        aborted=aborted,
+                    )
                     self._relay.start()
                 with _tuned():
                     self._loop.run(until_idle=until_idle)
@@ -365,6 +375,10 @@ class Worker:
                 "nobody: use at_least_once here, or a real Kafka"
             )
         return self.delivery or ("at_least_once" if embedded else "exactly_once")
+
+    def _note(self, now_ms: int) -> WorkerNote:
+        """What it tells of itself."""
+        return WorkerNote.of(self.name, self.controller.ENTRYPOINTS, VERSION, now_ms)
 
     def _pool(self, settings: Mapping[str, Any]) -> IsolatedPool | None:
         """The children for isolated tasks, and for those that may have crashed a worker."""

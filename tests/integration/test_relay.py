@@ -212,6 +212,28 @@ def test_relays_that_come_and_go_move_each_record_once(apache, make_stage, proto
     assert stage.back().total() == 300
 
 
+class Aborts:
+    """Records of these numbers were aborted."""
+
+    def __init__(self, *numbers):
+        self.version, self.numbers = 1, numbers
+
+    def means(self, record):
+        return record.value.split()[0] in self.numbers
+
+
+def test_what_was_aborted_is_taken_out_of_its_tier_before_its_time_and_once(stage):
+    stage.delay(*([60_000] * 12))
+    first = stage.start("w1", aborted=Aborts(b"3", b"7"))
+    eventually(lambda: set(stage.back()) == {b"3", b"7"}, 30, "what was aborted")
+    assert first.stop(15)
+    heir = stage.start("w2", aborted=Aborts(b"3", b"7"))
+    eventually(lambda: heir.status().moved.get("hop", 0) + first.status().moved.get("hop", 0) >= 10, 30, "the others")
+    assert stage.back() == {b"3": 1, b"7": 1}
+    for record in stage.records():
+        assert names.number(record.headers, names.NOT_BEFORE) >= stage.due[record.value.split()[0]]
+
+
 def test_little_memory_is_enough(stage):
     """What does not fit is let go of and read again: 200 records of 5 KB, 50 KB are held."""
     stage.delay(*(1000 + 1500 * (n % 2) + n for n in range(200)), size=5000)

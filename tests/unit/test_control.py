@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kser import control, headers
+from kser import OperationRegistry, control, headers
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
 from kser.control import (
@@ -19,6 +19,7 @@ from kser.control import (
     ControlSet,
     Pause,
     PauseKind,
+    WorkerNote,
     control_topic,
     decode,
     find_operation,
@@ -26,6 +27,7 @@ from kser.control import (
 )
 from kser.errors import ConfigurationError, DeliveryError, TransportError, ValidationError
 from kser.events import Event, EventType, events_topic
+from kser.operating import OperatingProducer
 from kser.testing import FakeClock, eventually
 from kser.transport import OutRecord, Partition, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
@@ -252,9 +254,18 @@ def test_an_abort_means_the_newest_run_that_the_events_tell_of(transport, tell):
     assert answer.progress == control.Progress("op-1", "shop.Order", 2, "RUNNING")
 
 
-def test_a_run_that_is_given_is_taken_and_the_events_are_not_read(transport, tell, monkeypatch):
-    monkeypatch.setattr(control, "find_operation", lambda *args: pytest.fail("read"))
-    assert control.abort("op-1", group=GROUP, transport=transport, run=4, by="cron").abort[:3] == ("op-1", 4, "cron")
+def test_a_run_that_is_given_is_taken_whatever_the_events_tell(transport, tell, monkeypatch):
+    tell(started("op-1"), ended("op-1", "FAILED"))
+    answer = control.abort("op-1", group=GROUP, transport=transport, run=4, by="cron")
+    assert (answer.abort[:3], answer.note) == (("op-1", 4, "cron"), "")
+
+    def unread(*args):
+        raise TransportError("not read")
+
+    monkeypatch.setattr(control, "find_operation", unread)
+    answer = control.abort("op-1", group=GROUP, transport=transport, run=5)
+    assert answer.abort.run == 5
+    assert answer.note.endswith("that could not be looked up: not read")
 
 
 @pytest.mark.parametrize("status", ["SUCCESS", "FAILED", "ABORTED"])
@@ -296,6 +307,8 @@ def test_the_uuid_of_a_step_is_refused_with_that_of_its_operation(transport, tel
     tell(started("op-1"), event(step, EventType.STEP_DONE, "SUCCESS", operation="op-1", task="shop.Charge"))
     with pytest.raises(ValidationError, match=rf"shop\.Charge\[{step}\] is part of operation op-1: name that one"):
         control.abort(step, group=GROUP, transport=transport)
+    with pytest.raises(ValidationError, match="name that one"):
+        control.abort(step, group=GROUP, transport=transport, run=1)
     assert transport.records(TOPIC) == []
 
 
@@ -907,6 +920,150 @@ def test_where_messages_are_sent_is_not_what_is_paused(run, transport, monkeypat
     assert run("pause").stdout.startswith("Group shop is paused")
 
 
+# -- uuids that begin so -----------------------------------------------------------------------------------------------
+
+ONE, TWO = "3f2a1c9e-6b1d-4c55-9d0e-2f1d6a7b8c90", "3f2a1c9e-0000-4c55-9d0e-2f1d6a7b8c90"
+
+
+def test_a_uuid_may_be_shortened_to_what_a_list_shows(run, transport, tell):
+    tell(started(ONE))
+    result = run("abort", ONE[:8])
+    assert result.exit_code == 0
+    assert result.stdout == f"The workers are told: shop.Order[{ONE}] is aborted, up to its run 1\n"
+    assert [decode(record).entry.uuid for record in transport.records(TOPIC)] == [ONE]
+
+
+def test_what_several_uuids_begin_with_is_refused_with_all_of_them(run, transport, tell):
+    tell(started(ONE), started(TWO))
+    result = run("abort", ONE[:9])
+    assert result.exit_code == 2
+    assert f"2 uuids begin with {ONE[:9]}: {TWO}, {ONE}. Give more of the one you mean" in result.stderr
+    assert transport.records(TOPIC) == []
+    assert control.complete_uuid(transport, GROUP, ONE[:10].upper()) == ONE
+    many = [f"3f2a1c9e-{n:04}-4c55-9d0e-2f1d6a7b8c90" for n in range(9)]
+    with pytest.raises(ValidationError, match=r"and 4 more\. Give more"):
+        control.only_one("3f2a1c9e", many)
+
+
+@pytest.mark.parametrize("begin", [ONE[:7], ONE, "order 7 of ann", "3f2a1c9f"])
+def test_what_is_no_begin_of_a_uuid_is_taken_as_it_is(transport, tell, begin):
+    tell(started(ONE), started(TWO))
+    assert control.complete_uuid(transport, GROUP, begin) == begin
+
+
+# -- what workers tell of themselves -----------------------------------------------------------------------------------
+
+
+def note(name, *entrypoints, **more):
+    return WorkerNote.of(name, entrypoints, more.pop("itinerary", 1), more.pop("at_ms", _now()))
+
+
+def told(transport, *notes):
+    control.send_control(transport.sink(), GROUP, [Change(it.key, it) for it in notes])
+
+
+def test_what_a_worker_tells_is_read_as_it_was_written(transport):
+    written = note("w1", "shop.Charge", "shop.Mail", itinerary=2)
+    told(transport, written, note("w2"))
+    found = read_control(transport, GROUP).workers_at(_now())
+    assert found[0] == written
+    assert [it.name for it in found] == ["w1", "w2"]
+    assert read_control(transport, GROUP).workers_at(_now() + 2 * 24 * 3600 * 1000) == []
+
+
+def test_a_worker_with_very_many_names_tells_the_first_of_them():
+    large = note("w1", *(f"shop.tasks.Task{n:05}" for n in range(5000)))
+    assert not large.complete
+    assert 500 < len(large.entrypoints) < 1000
+    record = Change(large.key, large).to_record(GROUP)
+    assert len(record.value) < control.NOTE_BYTES + 200
+
+
+def test_a_watch_tells_of_its_worker_as_long_as_it_runs_and_wakes_nobody(transport, watches):
+    woken = []
+    one = watches(
+        transport, GROUP, changed=lambda: woken.append(1), note=lambda at_ms: note("w1", "shop.Charge", at_ms=at_ms)
+    )
+    assert one.wait_ready(10)
+    eventually(lambda: [it.name for it in one.workers()] == ["w1"])
+    other = watches(transport, GROUP, note=lambda at_ms: note("w2", "shop.Mail", "shop.Male", itinerary=2, at_ms=at_ms))
+    eventually(lambda: [it.name for it in one.workers()] == ["w1", "w2"])
+    assert one.who_could_run("shop.Mail", 1) == "w2 can run it"
+    assert one.who_could_run("shop.Mail", 3) == "no worker of the group can run it"
+    assert one.who_could_run("shop.Chrage", 1).startswith("no worker of the group can run it; they know shop.Charge")
+    assert other.stop(10)
+    eventually(lambda: [it.name for it in one.workers()] == ["w1"])
+    assert one.who_could_run("shop.Mail", 1).startswith("no worker of the group can run it")
+    assert (woken, one.version) == ([], 0)
+    told(transport, *(note(f"x{n}", "shop.New") for n in range(5)))
+    eventually(lambda: one.who_could_run("shop.New", 1) == "x0, x1, x2 and 2 more can run it")
+    large = note("y", *(f"shop.tasks.Task{n:05}" for n in range(5000)))
+    told(transport, large)
+    eventually(lambda: "tells that it" in one.who_could_run("zzz", 1))
+
+
+def test_a_worker_whose_note_is_taken_out_with_an_old_one_of_its_name_tells_again(transport, watches):
+    one = watches(transport, GROUP, note=lambda at_ms: note("w1", at_ms=at_ms))
+    eventually(lambda: one.workers())
+    control.send_control(transport.sink(), GROUP, [Change("worker:w1", None)])
+    eventually(lambda: len(transport.records(TOPIC)) == 3 and one.workers())
+
+
+def test_a_worker_that_ended_without_a_word_is_taken_out_after_a_day(transport, watches, monkeypatch):
+    monkeypatch.setattr("kser.worker.control._OLD_EVERY_S", 0)
+    told(transport, note("old", at_ms=_now() - 25 * 3600 * 1000), note("new"))
+    one = watches(transport, GROUP)
+    assert one.wait_ready(10)
+    assert [it.name for it in one.workers()] == ["new"]
+    eventually(lambda: [it.name for it in read_control(transport, GROUP).workers.values()] == ["new"])
+
+
+def test_where_there_is_no_topic_nobody_tells_and_none_is_made(watches):
+    transport = MemoryTransport()
+    one = watches(transport, GROUP, note=lambda at_ms: note("w1", at_ms=at_ms))
+    assert one.wait_ready(10)
+    one.stop(10)
+    assert transport.records(TOPIC) == []
+    assert one.who_could_run("shop.Charge", 1) == ""
+
+
+def test_the_command_workers_lists_what_each_knows(run, transport):
+    assert run("workers").stdout == "No worker of group shop tells that it is there\n"
+    told(transport, note("w1", "shop.Mail", "shop.Charge"), note("w2", *(f"shop.T{n}" for n in range(9))))
+    lines = run("workers").stdout.splitlines()
+    assert lines[0].split() == ["NAME", "TOLD", "KNOWS"]
+    assert lines[1].startswith("w1    20")
+    assert lines[1].endswith("Z  shop.Charge, shop.Mail")
+    assert lines[2].endswith("Z  shop.T0, shop.T1, shop.T2, shop.T3, shop.T4 and 4 more")
+    shown = json.loads(run("workers", "--format", "json").stdout)
+    assert shown["workers"][0]["entrypoints"] == ["shop.Charge", "shop.Mail"]
+
+
+def test_a_pause_of_a_class_that_no_worker_knows_says_so(run, transport):
+    told(transport, note("w1", "shop.Charge"))
+    result = run("pause", "--task", "shop.Chrage")
+    assert result.exit_code == 0
+    assert result.stderr == "kser: no worker knows a class shop.Chrage. Is shop.Charge meant?\n"
+    assert run("pause", "--task", "x").stderr.endswith("`kser workers` lists what they know\n")
+    assert run("pause", "--task", "shop.Charge").stderr == ""
+
+
 def test_the_topic_of_a_group_is_named_after_it():
     assert control_topic("shop") == TOPIC
     assert Partition(TOPIC, 0).topic == TOPIC
+
+
+def test_a_task_and_a_producer_can_name_the_run_that_they_abort(transport, tell):
+    producer = OperatingProducer(transport)
+    registry = OperationRegistry(producer=producer, topic="work")
+
+    @registry.task(name="shop.Charge")
+    def charge():
+        pass
+
+    tell(started("op-1"), ended("op-1", "FAILED"))
+    assert producer.abort("op-1", group=GROUP).retcode == 409
+    assert producer.abort("op-1", group=GROUP, run=2).retval == {"run": 2}
+    assert charge(uuid="lone-1").abort(group=GROUP, run=3, why="night").retval == {"run": 3}
+    assert [decode(record).entry[:2] for record in transport.records(TOPIC)] == [("op-1", 2), ("lone-1", 3)]
+    producer.close()

@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kser import Message, Operation, OperationRegistry, Result, Task, headers, results
+from kser import Message, Operation, OperationRegistry, Result, Task, control, headers, results
 from kser.cli.connection import Drivers
 from kser.cli.letters_view import table
 from kser.cli.main import cli
 from kser.dead_letters import DeadLetters
 from kser.errors import (
+    AbortedError,
     ConfigurationError,
     DeliveryError,
     NotFound,
@@ -519,6 +520,7 @@ def test_a_replayed_step_continues_its_operation_as_a_new_run(five, tasks, shop,
     assert shop.status(five.uuid) == "SUCCESS"
     again = [event for event in shop.events(five.uuid) if event.run == 2]
     assert [(e.type, e.position) for e in again] == [
+        (EventType.RUN_SENT, 1),
         (EventType.OPERATION_STARTED, 1),
         *((EventType.STEP_DONE, n) for n in (1, 2, 3, 4)),
         (EventType.OPERATION_ENDED, 5),
@@ -836,6 +838,50 @@ def test_events_are_found_after_partitions_were_added(five, shop, transport, bro
         shop.letters.resume(five.uuid)
 
 
+def test_a_run_that_was_sent_is_told_so_that_it_can_be_aborted_before_a_worker_meets_it(five, shop, broken, ran):
+    assert shop.letters.resume(five.uuid).run == 2
+    (sent,) = [event for event in shop.events(five.uuid) if event.type == EventType.RUN_SENT]
+    assert (sent.run, sent.position, sent.status, sent.entrypoint) == (2, 1, "PENDING", "shop.B")
+    assert sent.note.startswith("sent again from dead letter ")
+    view = OperationView(five.uuid)
+    assert all(view.apply(event) for event in shop.events(five.uuid))
+    assert (view.run, view.status) == (2, "PENDING")
+    assert view.entrypoint.endswith("Five")
+    shop.transport.admin().create([TopicSpec(name=f"{GROUP}.control", partitions=1)])
+    assert control.abort(five.uuid, group=GROUP, transport=shop.transport).abort.run == 2
+    # It says nothing of how far the run has come: that is for the worker that meets it.
+    assert shop.letters.resume(five.uuid).run == 2
+    broken.clear()
+    assert shop.run().count("duplicate") == 1
+    assert shop.status(five.uuid) == "SUCCESS"
+    assert [name for name, _ in ran] == ["a", "b", "b", "c", "d", "e"]
+
+
+def test_what_is_told_of_a_run_late_changes_nothing(five, shop, broken):
+    broken.clear()
+    shop.letters.resume(five.uuid)
+    shop.run()
+    told = shop.events(five.uuid)
+    late = next(event for event in told if event.type == EventType.RUN_SENT)
+    view = OperationView(five.uuid)
+    for event in [*(event for event in told if event is not late), late]:
+        view.apply(event)
+    assert (view.run, view.status) == (2, "SUCCESS")
+
+
+def test_a_lone_task_that_is_replayed_is_in_the_run_that_was_told(tasks, shop, broken):
+    task = lone(tasks, shop)
+    shop.letters.replay(shop.letters.list())
+    assert shop.status(task.uuid) == "PENDING"
+    shop.run()
+    assert shop.status(task.uuid) == "FAILED"
+    shop.letters.replay(shop.letters.list(replayed=False))
+    broken.clear()
+    shop.run()
+    assert shop.status(task.uuid) == "SUCCESS"
+    assert [event.run for event in shop.events(task.uuid)] == [1, 2, 2, 3, 3]
+
+
 def test_a_lone_task_is_resumed_under_its_uuid(tasks, shop, broken):
     task = lone(tasks, shop)
     broken.clear()
@@ -850,7 +896,7 @@ def test_a_lone_task_is_resumed_under_its_uuid(tasks, shop, broken):
         shop.letters.resume(task.uuid, step="C")
 
 
-def test_an_operation_that_could_not_be_built_is_resumed_as_a_new_run(registry, shop):
+def test_an_operation_that_could_not_be_built_is_replayed_and_resumed_as_a_new_run(registry, shop):
     built = []
 
     @registry.subscribe
@@ -871,12 +917,17 @@ def test_an_operation_that_could_not_be_built_is_resumed_as_a_new_run(registry, 
     shop.run()
     (letter,) = shop.letters.list()
     assert (letter.uuid, letter.operation, letter.run) == (late.uuid, None, 1)
+    shop.letters.replay([letter])
+    shop.run()
+    assert shop.status(late.uuid) == "FAILED"
+    (letter,) = shop.letters.list(replayed=False)
+    assert letter.run == 2
     outcome = shop.letters.resume(late.uuid, params={"at": 5})
-    assert outcome.run == 2
+    assert outcome.run == 3
     shop.run()
     assert built[-1] == {"at": 5}
     assert shop.status(late.uuid) == "SUCCESS"
-    assert {e.run for e in shop.events(late.uuid)} == {1, 2}
+    assert {e.run for e in shop.events(late.uuid)} == {1, 2, 3}
 
 
 @pytest.fixture
@@ -1293,3 +1344,57 @@ def test_settings_that_cannot_be_are_refused(transport):
     for wrong in ({"timeout_s": 0}, {"max_redrives": -1}):
         with pytest.raises(ConfigurationError):
             DeadLetters(transport, GROUP, **wrong)
+
+
+def test_what_was_aborted_is_not_replayed_with_all_the_others(tasks, shop, transport, kser):
+    lone(tasks, shop)
+    record = transport.records(TOPIC)[0]
+    error = raised(AbortedError("shop.B[u] was aborted by ann"))
+    transport.sink().deliver(
+        [dead_letter(record._replace(value=record.value.replace(b'"uuid":"', b'"uuid":"x')), DLQ, error=error,
+                     group=GROUP, worker="w1", now_ms=NOW)]
+    )  # fmt: skip
+    (letter,) = shop.letters.list(error="AbortedError")
+    done = kser("dlq", "replay", "--all", "--dry-run")
+    assert done.exit_code == 0
+    assert "1 would be sent" in done.output
+    refused = kser("dlq", "replay", letter.id)
+    assert refused.exit_code == 1
+    assert "somebody aborted it" in refused.output
+    assert f"dlq replay {letter.id} --group {GROUP} --force" in kser("dlq", "show", letter.id).output
+
+
+def test_a_letter_is_shown_and_an_operation_resumed_by_the_begin_of_its_uuid(five, tasks, shop, kser, broken):
+    short = five.uuid[:8]
+    (letter,) = shop.letters.list()
+    assert f"Dead letter {letter.id} of group {GROUP}" in kser("dlq", "show", short).output
+    assert shop.letters.show(five.uuid) == letter
+    assert kser("operations", "resume", short, "--dry-run").exit_code == 0
+    shop.letters.resume(five.uuid)
+    shop.run()
+    assert shop.letters.show(short).run == 2
+    missing = kser("dlq", "show", "ffffffff")
+    assert missing.exit_code == 1
+    assert "There is no dead letter of ffffffff in g.dlq: give an id, or a uuid" in missing.output
+    assert kser("dlq", "show", "ffff").exit_code == 2
+    twins = ["abcdef01-1", "abcdef01-2"]
+    for uuid in twins:
+        lone(tasks, shop, uuid=uuid)
+    several = kser("dlq", "show", "abcdef01")
+    assert several.exit_code == 2
+    assert "2 uuids begin with abcdef01: abcdef01-1, abcdef01-2" in several.output
+    assert "2 uuids begin with" in kser("operations", "resume", "abcdef01").output
+    assert shop.letters.show(twins[0]).uuid == twins[0]
+
+
+def test_what_only_a_letter_tells_of_is_found_by_its_begin_too(shop, transport):
+    put(transport, Message("abcdef01-1", "shop.B").to_bytes())
+    assert shop.letters.complete("abcdef01") == "abcdef01-1"
+    assert DeadLetters(MemoryTransport(), GROUP).complete("abcdef01") == "abcdef01"
+
+
+def test_of_what_cannot_be_read_the_list_says_why(transport, shop, kser):
+    transport.sink().deliver([OutRecord(TOPIC, b"k", b"<order/>")])
+    shop.run()
+    assert "(unreadable)" in kser("dlq", "list").output
+    assert "ValidationError: Not a JSON object: Expecting value" in kser("dlq", "list").output

@@ -8,13 +8,14 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from kser import Message, Operation, OperationRegistry, Result, Retry, Task, headers
-from kser.control import Abort, Change, Pause, PauseKind, send_control
+from kser.control import Abort, Change, Pause, PauseKind, WorkerNote, send_control
 from kser.dead_letters import DeadLetters
-from kser.errors import MessageTooLargeError, ValidationError
+from kser.errors import ConfigurationError, MessageTooLargeError, TransportError, ValidationError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
 from kser.transport import OutRecord, Partition, Position, TopicSpec
 from kser.transport.memory import MemorySink, MemoryTransport
+from kser.transport.partitioner import partition_of
 from kser.worker.offsets import SUSPECT_AFTER, Parked, PartitionState, decode, encode
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
 
@@ -426,6 +427,25 @@ def test_a_message_that_no_worker_here_can_run_waits_for_a_deploy_with_the_reaso
     assert not dead(transport)
 
 
+def test_what_waits_for_a_deploy_says_which_worker_could_run_it(registry, transport, start):
+    @registry.task
+    def old():
+        pass
+
+    renamed = WorkerNote.of("w9", ["shop.NewName"], 1, int(time.time() * 1000))
+    tell(transport, Change(renamed.key, renamed))
+    sink = transport.sink()
+    start(control=True, name="w1")
+    for name in ("shop.NewName", "shop.NewNam"):
+        sink.deliver([OutRecord(TOPIC, b"k", Message("u", name).to_bytes())])
+    wait_for(lambda: len(events(transport, EventType.MESSAGE_WAITING)) == 2)
+    first, second = (event.note for event in events(transport, EventType.MESSAGE_WAITING))
+    assert first.endswith("on worker w1 of group g; w9 can run it")
+    assert second.endswith("on worker w1 of group g; no worker of the group can run it; they know shop.NewName")
+    (waits, _) = transport.records(f"{GROUP}.retry.10s")
+    assert "w9 can run it" in headers.text(waits.headers, headers.REASON)
+
+
 def test_when_it_has_waited_for_so_long_it_fails(registry, transport, start):
     since = b"%d" % int((time.time() - 901) * 1000)
     message = b'{"uuid": "u1", "entrypoint": "shop.New", "params": {}}'
@@ -648,7 +668,39 @@ def test_an_operation_that_was_aborted_is_not_run_any_further(registry, transpor
     assert view(transport, one.uuid).status == "ABORTED"
     assert "aborted by ann: wrong prices" in view(transport, one.uuid).result.stderr
     assert (ran, statuses) == ([1], ["ABORTED"])
-    assert not dead(transport)
+    (letter,) = DeadLetters(transport, GROUP).list()
+    assert (letter.operation, letter.run, letter.position, letter.error_type) == (one.uuid, 1, 0, "AbortedError")
+    assert "aborted by ann: wrong prices" in letter.error
+
+
+def test_an_operation_that_was_aborted_is_resumed_at_that_step_on_purpose_only(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def step():
+        ran.append(1)
+
+    @registry.subscribe
+    class Both(Operation):
+        def build_tasks(self, **params):
+            return [step(), step()]
+
+    one = Both().build()
+    lone = step()
+    for made in (one, lone):
+        tell(transport, aborted(made.uuid))
+    one.launch()
+    lone.send()
+    start(control=True)
+    wait_for(lambda: view(transport, one.uuid).ended and view(transport, lone.uuid).ended)
+    letters = DeadLetters(transport, GROUP)
+    assert {letter.aborted for letter in letters.list()} == {True}
+    assert {outcome.status for outcome in letters.replay(letters.list())} == {"refused"}
+    assert ran == []
+    letters.resume(one.uuid)
+    letters.resume(lone.uuid)
+    wait_for(lambda: {view(transport, made.uuid).status for made in (one, lone)} == {"SUCCESS"})
+    assert len(ran) == 3
 
 
 def test_a_running_task_sees_that_it_was_aborted_and_what_it_sent_does_not_leave(registry, transport, start):
@@ -702,6 +754,30 @@ def test_what_waits_for_its_next_attempt_is_aborted_at_once_and_a_later_run_is_n
     again.metadata["kser"]["run"] = 2
     transport.sink().produce(OutRecord(TOPIC, sent.key, again.to_bytes()))
     wait_for(lambda: len(ran) == 2)
+
+
+def test_what_waits_in_a_tier_is_aborted_at_once_and_what_is_not_due_yet_too(registry, transport, start):
+    ran = []
+
+    @registry.task
+    def later():
+        ran.append(1)
+
+    waits = later()
+    waits.send(delay=4000)
+    start(control=True, relay=True)
+    wait_for(lambda: transport.records(f"{GROUP}.retry.1h"))
+    tell(transport, aborted(waits.uuid))
+    wait_for(lambda: view(transport, waits.uuid).ended)
+    new = later()
+    tell(transport, aborted(new.uuid))
+    time.sleep(0.2)  # until the worker knows; nothing shows it
+    new.send(delay=4000)
+    wait_for(lambda: view(transport, new.uuid).ended)
+    assert {view(transport, task.uuid).status for task in (waits, new)} == {"ABORTED"}
+    assert ran == []
+    assert len(transport.records(f"{GROUP}.retry.1h")) == 1
+    assert len(dead(transport)) == 2
 
 
 def test_a_coroutine_is_cancelled_by_an_abort(registry, transport, start):
@@ -816,6 +892,73 @@ def test_an_operation_that_came_first_and_failed_its_first_attempt_still_came_fi
     wait_for(lambda: one.worker.stats["duplicates"] == 1)
     assert len(ran) == 2
     assert len(transport.records(f"{GROUP}.state.{TOPIC}")) == 1
+
+
+class Away:
+    """A transport whose state topics cannot be read while they are away, which takes its time."""
+
+    def __init__(self, real):
+        self.real, self.back, self.asked = real, threading.Event(), 0
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+    def read(self, partitions, timeout_s=60):
+        if not self.back.is_set():
+            self.asked += 1
+            self.back.wait(0.2)
+            raise TransportError("no broker answers", retriable=True)
+        return self.real.read(partitions, timeout_s)
+
+
+def test_a_state_that_cannot_be_read_holds_back_its_partition_and_neither_ends_nor_stops_the_worker(
+    registry, transport, request
+):
+    ran = []
+
+    @registry.task
+    def pay(order: str):
+        ran.append(order)
+
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return [pay(params=params)]
+
+    home, other = ("key-0", "key-1")
+    assert partition_of(home.encode(), 2) != partition_of(other.encode(), 2)
+    first = Order(params={"order": "first"}, idempotency_key="o").build()
+    first.key = home
+    first.launch()
+    pay(params={"order": "behind"}).send(key=home)
+    away = Away(transport)
+    one = Running(registry, away)
+    request.addfinalizer(one.stop)
+    wait_for(lambda: away.asked)
+    asked = time.monotonic()
+    for n in range(20):
+        pay(params={"order": f"other {n}"}).send(key=other)
+    wait_for(lambda: len(ran) == 20)
+    assert time.monotonic() - asked < 0.2 + 2
+    assert not one.worker.status().reasons
+    wait_for(lambda: away.asked > 1)
+    away.back.set()
+    wait_for(lambda: ran[20:] == ["first", "behind"])
+    assert one.thread.is_alive()
+
+
+def test_a_state_topic_that_cannot_be_right_ends_the_worker_with_the_reason(registry, transport):
+    @registry.subscribe
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return []
+
+    transport.admin().create([TopicSpec(name=f"{GROUP}.state.{TOPIC}", partitions=3)])
+    Order(idempotency_key="o").build().send()
+    one = Running(registry, transport)
+    one.thread.join(10)
+    assert isinstance(one.error, ConfigurationError)
+    assert "3" in one.error.message
 
 
 def test_a_delayed_task_runs_when_it_is_due(registry, transport, start):

@@ -184,6 +184,105 @@ def real_lab(make_lab):
     return make_lab(clock=module.RealClock(), tiers=QUICK)
 
 
+# -- aborts ------------------------------------------------------------------------------------------------------------
+
+
+class Aborts:
+    """What was aborted: values of records."""
+
+    def __init__(self):
+        self.version, self.values = 0, set()
+
+    def add(self, *values):
+        self.values.update(values)
+        self.version += 1
+
+    def means(self, record):
+        return record.value in self.values
+
+
+def test_what_was_aborted_comes_out_of_the_middle_of_a_tier_once_and_the_rest_when_it_is_due(make_lab, exactly_once):
+    lab, aborts = make_lab(partitions=1), Aborts()
+    for _ in range(10):
+        lab.delay(HOUR_MS)
+    session = lab.session(exactly_once=exactly_once, aborted=aborts)
+    lab.turn(session, until=lambda: session.held == 10)
+    assert lab.back() == []
+    aborts.add(b"3", b"7")
+    lab.turn(session, until=lambda: len(lab.back()) == 2)
+    assert lab.clock.time_ms() < lab.sent[b"3"] - HOUR_MS / 2
+    for record in lab.memory.records(ORIGIN):
+        assert record.value in (b"3", b"7")
+        assert names.number(record.headers, names.NOT_BEFORE) == lab.sent[record.value]
+        assert names.value_of(record.headers, names.ORIGIN_TOPIC) is None
+        lab.put(to_tier(GROUP, ORIGIN, record.key, b"again", record.headers, HOUR_MS))  # by a worker that knows nothing
+    session.close()
+    heir = lab.session("heir", exactly_once=exactly_once, aborted=aborts)
+    aborts.add(b"again", b"9")
+    lab.turn(heir, until=lambda: len(lab.back()) == 3)
+    lab.turn(heir, until=lambda: lab.clock.time_ms() > lab.sent[b"9"] + 2000)
+    values = lab.back()
+    assert sorted(values[:3]) == [b"3", b"7", b"9"]
+    assert values[3:10] == [b"0", b"1", b"2", b"4", b"5", b"6", b"8"]
+    lab.turn(heir, until=lambda: lab.back()[10:] == [b"again"] * 2)
+
+
+def test_what_is_not_in_the_hands_of_the_relay_yet_is_taken_out_when_it_comes(make_lab):
+    lab, aborts = make_lab(partitions=1), Aborts()
+    aborts.add(b"9")
+    for _ in range(10):
+        lab.delay(HOUR_MS)
+        lab.clock.advance(300)
+    session = lab.session(aborted=aborts, max_records=3)
+    lab.turn(session, until=lab.all_back)
+    assert sorted(lab.back()) == sorted(lab.sent)
+    (early,) = [record for record in lab.memory.records(ORIGIN) if record.value == b"9"]
+    assert early.timestamp_ms < lab.sent[b"9"] - 200_000
+
+
+@pytest.mark.parametrize("method", ["commit", "produce_all", "send_offsets"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_crash_takes_nothing_out_twice(make_lab, method, when):
+    def crash():
+        raise Crash
+
+    lab, aborts = make_lab(partitions=1), Aborts()
+    for _ in range(6):
+        lab.delay(HOUR_MS)
+    session = lab.session(aborted=aborts)
+    lab.turn(session, until=lambda: session.held == 6)
+    aborts.add(b"2", b"4")
+    lab.at, lab.hit, lab.act = (method, when), False, crash
+    with pytest.raises(Crash):
+        lab.turn(session, until=lambda: len(lab.back()) == 2)
+    lab.at = ("", "")
+    session.close()
+    heir = lab.session(aborted=aborts)
+    lab.turn(heir, until=lab.all_back)
+    assert sorted(lab.back()) == sorted(lab.sent)
+
+
+def test_more_than_can_be_noted_waits_and_is_lost_by_nobody(make_lab, monkeypatch):
+    monkeypatch.setattr(module, "_MOST_GONE", 5)
+    lab, aborts = make_lab(partitions=1), Aborts()
+    for _ in range(20):
+        lab.delay(HOUR_MS)
+    session = lab.session(aborted=aborts)
+    lab.turn(session, until=lambda: session.held == 20)
+    aborts.add(*(b"%d" % n for n in range(1, 20)))
+    lab.turn(session, until=lambda: len(lab.back()) == 5)
+    lab.turn(session, until=lab.all_back)
+    assert sorted(lab.back()) == sorted(lab.sent)
+
+
+@pytest.mark.parametrize("gone", [[], [5], [3, 4, 9], list(range(2**40, 2**40 + 8 * 400, 8))])
+def test_what_is_noted_beside_an_offset_fits_and_is_read_as_it_was(gone):
+    note = module._note(3, gone)
+    assert len(note) < 4095
+    assert module._noted(3, note) == gone
+    assert module._noted(3, note + ",x") == []
+
+
 # -- delays ------------------------------------------------------------------------------------------------------------
 
 

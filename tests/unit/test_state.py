@@ -544,3 +544,19 @@ def test_workers_that_are_killed_anywhere_run_one_record_for_each_key(delivery, 
     assert {key: json.loads(value)["owner"] for key, value in state.items()} == {
         key: next(iter(owners)) for key, owners in bought.items()
     }
+
+
+@pytest.mark.parametrize("subject", ["op-1", "x" * 400])
+def test_what_was_run_again_is_kept_for_ever_and_takes_nothing_else_along(desk, subject):
+    store = desk.store(retention_s=30 * DAY_S)
+    desk.settle(store, store.claim(P0, f"again:{subject}:1:2:0", "shop/0/1"))
+    desk.settle(store, store.claim(P0, "start:1", "shop/0/2"))
+    desk.clock.advance(400 * DAY_S)
+    for owner in (store, desk.store(retention_s=30 * DAY_S)):
+        assert owner.get(P0, f"again:{subject}:1:2:0").owner == "shop/0/1"
+        assert not owner.claim(P0, f"again:{subject}:1:2:0", "shop/0/9").won
+        assert owner.get(P0, "start:1") is None
+    claim = desk.store().claim(P0, "start:2", "shop/0/10")
+    desk.settle(store, claim)
+    assert [record.value for record in claim.records if record.key == b"start:1"] == [None]
+    assert len([key for key in desk.state() if key.startswith("again:")]) == 1

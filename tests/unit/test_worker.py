@@ -18,6 +18,7 @@ from kser.producer import BaseProducer
 from kser.transport import Partition, TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker.offsets import decode
+from kser.worker.runner import Runner
 
 GROUP, TOPIC = "g", "work"
 
@@ -554,3 +555,53 @@ def test_a_consumer_that_is_asked_to_stop_before_it_runs_ends_at_once():
     thread.start()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_a_record_that_breaks_the_worker_is_left_as_it_is_with_those_of_its_key_and_the_worker_ends_at_once(
+    registry, transport, start, monkeypatch
+):
+    done = []
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            done.append(self.params["n"])
+
+    real = Runner.execute
+
+    def execute(self, work):
+        if work.kmsg.params["n"] == 1:
+            raise RuntimeError("a fault of kser itself")
+        return real(self, work)
+
+    monkeypatch.setattr(Runner, "execute", execute)
+    for n in range(4):
+        Step(params={"n": n}).send(key="same")
+    one = start(max_poll_records=2)  # so that some wait in its unit, and some behind that
+    one.thread.join(5)
+    assert not one.thread.is_alive()
+    assert done == [0]
+    assert committed(transport) == 1
+
+
+def test_what_waits_behind_a_unit_of_a_partition_that_goes_is_not_waited_for(registry, transport, start):
+    begun, go_on = threading.Event(), threading.Event()
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            begun.set()
+            go_on.wait(5)
+
+    for n in range(6):
+        Step(params={"n": n}).send(key="same")
+    one = start(max_poll_records=2)
+    wait_for(lambda: one.worker._loop is not None and one.worker._loop.in_flight == 6)
+    begun.wait(5)
+    one.worker.stop()
+    wait_for(lambda: one.worker._loop.draining)
+    go_on.set()
+    one.thread.join(5)
+    assert not one.thread.is_alive()
+    assert one.worker._loop.in_flight == 0
+    assert committed(transport) == 1
