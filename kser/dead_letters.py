@@ -35,6 +35,9 @@ _Letters = list[DeadLetter]
 _Replays = list[Replay]
 _Events = list[Event]
 
+#: Events that tell of a message, and not of what became of an operation.
+_OF_MESSAGES: Final = frozenset({EventType.MESSAGE_REJECTED, EventType.MESSAGE_DEAD_LETTERED})
+
 
 class Found(NamedTuple):
     """What a search gave."""
@@ -400,7 +403,7 @@ class DeadLetters:
         # The newest are in their key's partition, unless partitions were added after the last of them.
         for numbers in ([home], [number for number in range(count) if number != home]):
             records = [record for record in self._read(topic, numbers) if record.key == key]
-            events = [event for event in read(records) if event.type != EventType.MESSAGE_REJECTED]
+            events = [event for event in read(records) if event.type not in _OF_MESSAGES]
             if events:
                 return events
         return []

@@ -5,6 +5,7 @@ masked when it is made.
 """
 
 import itertools
+import json
 import linecache
 import re
 import sys
@@ -13,8 +14,6 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
-
-import orjson
 
 from kser.errors import ValidationError
 from kser.masking import MASK, looks_secret, mask_text
@@ -105,7 +104,7 @@ class FrameInfo:
 class TracebackInfo:
     """A traceback, and the exception at its end.
 
-    Frames of kser before the first one of other code are left out: they are the same for each task.
+    Frames of kser before the first one of other code are left out: they are the same for each task, and tell nothing.
     """
 
     #: Outermost first.
@@ -142,11 +141,16 @@ class TracebackInfo:
         secrets: set[str] = set()
         return _hidden(_with_causes(exc, secrets), secrets)
 
+    @property
+    def tells(self) -> bool:
+        """False when only kser's own code was at work: the text of its error says all."""
+        return bool(self.frames) or self.cause is not None
+
     def fitted(self, max_bytes: int) -> "TracebackInfo":
         """The same in at most so many bytes of JSON (16 KiB or more): what says least is left out first."""
         least = replace(self._only(0, context=False), cause=None, how="")
         for info in (self, self._only(5), self._only(1), least):
-            if len(orjson.dumps(info.dump())) <= max_bytes:
+            if len(json.dumps(info.dump(), separators=(",", ":"))) <= max_bytes:
                 return info
         kept = self.frames[-5:]
         bare = tuple(FrameInfo(f.filename[-200:], f.lineno, f.function[:100], f.line[:100]) for f in kept)
@@ -241,7 +245,7 @@ def _with_causes(exc: BaseException, secrets: set[str]) -> TracebackInfo:
 
 def _made(exc: BaseException | None, tb: types.TracebackType | None, secrets: set[str]) -> TracebackInfo:
     found = list(traceback.walk_tb(tb))
-    outside = next((n for n, (frame, _) in enumerate(found) if not _is_ours(frame)), 0)
+    outside = next((n for n, (frame, _) in enumerate(found) if not _is_ours(frame)), len(found))
     found = found[outside:]
     cut = max(len(found) - _FIRST - _LAST, 0)
     if cut:

@@ -6,7 +6,7 @@ import time
 from kser import OperationRegistry, Result, Task, Worker
 
 registry = OperationRegistry()
-EVENTS = "--no-events" not in sys.argv
+EVENTS = "none" if "--no-events" in sys.argv else "all"
 
 
 @registry.subscribe(name="noop")

@@ -1,7 +1,6 @@
 """The command ``kser``."""
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import signal
@@ -23,6 +22,7 @@ from kser.cli.send import send
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
 from kser.cli.worker import worker
+from kser.version import kser_version
 
 __all__ = ["cli", "main"]
 
@@ -63,16 +63,9 @@ def _reader_is_gone() -> int:
     return FAILED
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("kser")
-    except importlib.metadata.PackageNotFoundError:  # run from its source, not installed
-        return "unknown"
-
-
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001
     if value:
-        click.echo(f"kser {_version()}")
+        click.echo(f"kser {kser_version()}")
         ctx.exit()
 
 
