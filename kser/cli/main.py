@@ -15,6 +15,7 @@ from kser.cli.control import abort, pause, paused, resume
 from kser.cli.demo import demo
 from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
+from kser.cli.lag import lag
 from kser.cli.launch import launch
 from kser.cli.operations import operations
 from kser.cli.options import example, format_option, need_command, outer_log_level_option
@@ -22,6 +23,7 @@ from kser.cli.send import send
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
 from kser.cli.worker import worker
+from kser.cli.workers import workers
 from kser.version import kser_version
 
 __all__ = ["cli", "main"]
@@ -102,7 +104,7 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
 
 for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, broker):
     cli.add_command(_command)
-for _command in (abort, pause, resume, paused):
+for _command in (workers, lag, abort, pause, resume, paused):
     cli.add_command(_command)
 
 

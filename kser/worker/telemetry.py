@@ -267,8 +267,10 @@ class TelemetrySender:
     # -- the thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping.wait(_TICK_S):
+        while True:
             self._guarded(self._tick)
+            if self._stopping.wait(_TICK_S):
+                break
         self._guarded(self._end)
         self._guarded(self._close)
 
