@@ -1,5 +1,6 @@
 """Masking of values whose name looks secret: one list, in one place, for logs, results and pages."""
 
+import functools
 import os
 import re
 from typing import Any
@@ -28,8 +29,13 @@ _SECRETS = re.compile(
 
 def looks_secret(name: str) -> bool:
     """True when one of the words of ``name`` (api_key, apiKey, sasl.password) is, or begins with, a secret one."""
+    return _looks_secret(name, os.environ.get(EXTRA_WORDS_VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=4096)
+def _looks_secret(name: str, extra: str) -> bool:
     words = _WORDS
-    if extra := os.environ.get(EXTRA_WORDS_VARIABLE):
+    if extra:
         words += tuple(word.strip().lower() for word in extra.split(",") if word.strip())
     lowered = name.lower()
     return any(part in words or part.rstrip("s") in words for part in (p.lower() for p in _SPLIT.split(name))) or any(

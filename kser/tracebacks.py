@@ -4,9 +4,11 @@ It is made while the frames are still there, keeps none of them, and goes into J
 masked when it is made.
 """
 
+import functools
 import itertools
 import json
 import linecache
+import os
 import re
 import sys
 import traceback
@@ -16,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
 
 from kser.errors import ValidationError
-from kser.masking import MASK, looks_secret, mask_text
+from kser.masking import EXTRA_WORDS_VARIABLE, MASK, looks_secret, mask_text
 
 __all__ = ["FrameInfo", "TracebackInfo"]
 
@@ -294,6 +296,12 @@ def _frame(frame: types.FrameType, lineno: int, secrets: set[str]) -> FrameInfo:
 
 def _code(line: str) -> str:
     """A line of code, without what is written there as a secret."""
+    return _masked_code(line, os.environ.get(EXTRA_WORDS_VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=1024)
+def _masked_code(line: str, _words: str) -> str:
+    """The same, remembered for as long as the words that look secret are the same: what fails does so again."""
 
     def masked(found: "re.Match[str]") -> str:
         return f"{found['name']}{found['between']}{MASK}" if looks_secret(found["name"]) else found[0]
