@@ -67,7 +67,10 @@ _END_S: Final = 2.0
 #: That records are dropped is logged at most every so many seconds.
 _LOGGED_S: Final = 60.0
 _MAX_RUNNING: Final = 100
+#: Longest status line, longest name of a progress group, and deepest one.
 _MAX_TEXT: Final = 1024
+_MAX_NAME: Final = 200
+_MAX_DEPTH: Final = 20
 
 
 class TaskReports:
@@ -92,6 +95,7 @@ class TaskReports:
 
     def progress(self, group: tuple[str, ...], current: int, total: int, status_line: str) -> None:
         """See Reports."""
+        group = tuple(name[:_MAX_NAME] for name in group[:_MAX_DEPTH])
         with self._lock:
             if self.ended:
                 return

@@ -502,6 +502,21 @@ def test_what_is_told_after_the_end_is_not_of_the_execution():
     assert [record.current for record in told] == [1]
 
 
+def test_progress_without_measure_is_cut():
+    work = Work(Record("t", 0, 0, b"k", b"", [], 0), Message("u", "e", {}), None, None, None, 1)
+    sender = SlowSender()
+    told = []
+    sender.put = told.append
+    reports = TaskReports(sender, work, Control())
+    reports.progress(("x" * 5000,) * 500, 1, 2, "y" * 5000)
+    for n in range(3000):
+        reports.progress((str(n),), 1, 2, "")
+    reports.end()
+    assert reports.collect(0) is False
+    assert (len(told), len(sender.counted)) == (1000, 2001)
+    assert (told[0].group, told[0].status_line) == (("x" * 200,) * 20, "y" * 1024)
+
+
 def test_a_control_that_ends_while_its_reports_are_made_ends_them():
     ends = []
 
