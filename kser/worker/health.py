@@ -55,8 +55,6 @@ class HealthStatus:
     free_executors: int = 0
     #: What it owns: topic -> numbers of partitions.
     assigned: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    #: Whether the group has taken it in.
-    joined: bool = False
     draining: bool = False
 
     @property

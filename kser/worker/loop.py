@@ -1070,6 +1070,13 @@ class Loop:
 
     # -- for onlookers, from any thread ------------------------------------------------------------------------------
 
+    @property
+    def state(self) -> str:
+        """Where it stands: "starting" until the group has taken it in, "running", or "draining"."""
+        if self.draining:
+            return "draining"
+        return "running" if self._joined else "starting"
+
     def status(self) -> HealthStatus:
         """How it is doing."""
         free, reasons = self.executor.free, []
@@ -1093,7 +1100,6 @@ class Loop:
             unsettled=len(self.pending),
             free_executors=max(free, 0),
             assigned=self._assigned(),
-            joined=self._joined,
             draining=self.draining,
         )
 

@@ -323,14 +323,10 @@ class TelemetrySender:
                 self._reports.difference_update(over)
 
     def _state(self, now: float) -> None:
-        state = self._present_state()
+        state = self._of.state
         if state != self._told or now >= self._state_due:
             self._told, self._state_due = state, now + _STATE_S
             self.put(self._state_record(state))
-
-    def _present_state(self) -> str:
-        status = self._of.status()
-        return "draining" if status.draining else "running" if status.joined else "starting"
 
     def _state_record(self, state: str) -> WorkerState:
         worker, status = self._of, self._of.status()

@@ -290,6 +290,11 @@ class Worker:
         if self._relay is not None:
             self._relay.stop(0)
 
+    @property
+    def state(self) -> str:
+        """Where it stands: "starting", "running" or "draining". From any thread."""
+        return self._loop.state if self._loop is not None else "starting"
+
     def status(self) -> HealthStatus:
         """How it is doing. From any thread."""
         if self._loop is None:
