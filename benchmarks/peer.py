@@ -1,7 +1,7 @@
 """kser as a peer of the shared benchmark: the contract is in the README of that benchmark, the numbers in ours.
 
 ``peer.py preload A|B|L N`` fills the topic, ``peer.py lat N`` starts chains one at a time, ``peer.py worker`` runs the
-worker. Environment: BENCH_BOOT, BENCH_TOPIC, BENCH_N, BENCH_W, KSER_DELIVERY, and BENCH_EVENTS=1 for default events
+worker. Environment: BENCH_BOOT, BENCH_TOPIC, BENCH_N, BENCH_W, KSER_DELIVERY, and BENCH_EVENTS=all for default events
 (without it none, as the other peers have none). ``probe`` is on PYTHONPATH: it counts what was run.
 """
 
@@ -86,7 +86,7 @@ def worker():
         group=f"g-{TOPIC}",
         config={"bootstrap.servers": BOOTSTRAP, **CONSUMER},
         delivery=os.environ.get("KSER_DELIVERY"),
-        events=os.environ.get("BENCH_EVENTS") == "1",
+        events=os.environ.get("BENCH_EVENTS", "none"),
         concurrency=int(os.environ.get("BENCH_CONCURRENCY", "16")),
     ).run()
 

@@ -1,6 +1,7 @@
 """No-op tasks through a broker: tasks/s of a backlog, and milliseconds from produce to run on an idle worker.
 
-Peers in one run: ours (with and without events), the original kser 0.8.27, a bare confluent-kafka loop.
+Peers in one run: ours (telling nothing, what became of tasks, all), the original kser 0.8.27, a bare loop of
+confluent-kafka.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from confluent_kafka import Producer
 
 PEERS = {
     "bare confluent-kafka loop": ("bare.py", sys.executable, [], 100_000),
-    "kser, no events": ("ours.py", sys.executable, ["--no-events"], 40_000),
-    "kser, with its events": ("ours.py", sys.executable, [], 40_000),
+    "kser, events none": ("ours.py", sys.executable, ["none"], 40_000),
+    "kser, events sequence": ("ours.py", sys.executable, ["sequence"], 40_000),
+    "kser, events all (default)": ("ours.py", sys.executable, ["all"], 40_000),
     "kser 0.8.27 (auto-commit, no lock file)": ("original.py", None, [], 10_000),
 }
 

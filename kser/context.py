@@ -4,7 +4,9 @@ Everything here is a context variable: it follows the code into coroutines and i
 context, and two tasks running side by side do not see each other's.
 """
 
+import logging
 import os
+import threading
 import time
 import uuid as uuids
 from collections.abc import Callable
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Control",
     "Delivery",
+    "Reports",
     "Scope",
     "controlling",
     "current_control",
@@ -43,15 +46,32 @@ class Delivery(Protocol):
         """Forget what was kept so far: what sent it failed."""
 
 
+class Reports(Protocol):
+    """Takes what one execution tells of itself while it goes on. From any thread; never blocks, never raises."""
+
+    def progress(self, group: tuple[str, ...], current: int, total: int, status_line: str) -> None:
+        """How far it is."""
+
+    def log(self, record: logging.LogRecord) -> None:
+        """What its code has logged. Raises what formatting the record raises."""
+
+    def end(self) -> None:
+        """It is over: what is told from now on is not of it."""
+
+
 class Control:
     """One execution as its worker sees it: told to end from outside, and telling that it is alive.
+
+    Args:
+        attempt: which attempt it is.
+        open_reports: makes what takes its reports, when there is the first one; None: nobody wants to know.
 
     Thread rule: the worker writes ``aborted``, the task's thread calls beat(); both are single assignments.
     """
 
-    __slots__ = ("aborted", "again_s", "alive", "attempt", "cancel")
+    __slots__ = ("_open", "_reports", "aborted", "again_s", "alive", "attempt", "began", "cancel")
 
-    def __init__(self, attempt: int = 1) -> None:
+    def __init__(self, attempt: int = 1, open_reports: "Callable[[Control], Reports] | None" = None) -> None:
         #: Why the execution should end: "timeout", "lost", "stopping"; None while it should go on.
         self.aborted: str | None = None
         #: time.monotonic() of the last heartbeat, 0 before the first.
@@ -61,11 +81,34 @@ class Control:
         self.again_s: float | None = None
         #: Ends the coroutine that the task's thread waits for, if it waits for one.
         self.cancel: Callable[[], object] | None = None
+        #: When it began, in milliseconds since the epoch.
+        self.began = int(time.time() * 1000)
+        self._open = open_reports
+        self._reports: Reports | None = None
+
+    @property
+    def reports(self) -> Reports | None:
+        """Takes what the execution tells of itself; None when nobody wants to know."""
+        if self._reports is None and (make := self._open) is not None:
+            with _opening:
+                if self._reports is None:
+                    self._reports = make(self)
+            if self._open is None:  # it ended meanwhile, and end() may not have seen this
+                self._reports.end()
+        return self._reports
+
+    def end(self) -> None:
+        """Note that the execution is over."""
+        self._open = None
+        if self._reports is not None:
+            self._reports.end()
 
     def beat(self) -> None:
         """Note that the execution is alive."""
         self.alive = time.monotonic()
 
+
+_opening = threading.Lock()
 
 _task: ContextVar[Any] = ContextVar("kser_task", default=None)
 _control: ContextVar[Control | None] = ContextVar("kser_control", default=None)

@@ -34,7 +34,7 @@ __all__ = ["MAX_REDRIVES", "DeadLetter", "DeadLetters", "Found", "Purge", "Repla
 #: A name this long may be the beginning of a uuid.
 _BEGIN: Final = 8
 #: Events that say nothing of how far a run has come.
-_NO_PROGRESS: Final = frozenset({EventType.MESSAGE_REJECTED, EventType.RUN_SENT})
+_NO_PROGRESS: Final = frozenset({EventType.MESSAGE_REJECTED, EventType.MESSAGE_DEAD_LETTERED, EventType.RUN_SENT})
 #: A message that came back from the dead letters so often is not sent back again unless it is forced.
 MAX_REDRIVES: Final = 3
 
@@ -42,7 +42,6 @@ MAX_REDRIVES: Final = 3
 _Letters = list[DeadLetter]
 _Replays = list[Replay]
 _Events = list[Event]
-
 
 class Found(NamedTuple):
     """What a search gave."""

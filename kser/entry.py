@@ -2,16 +2,18 @@
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 from kser import context, errors, eventloop, results
 from kser.context import new_uuid
 from kser.errors import InternalError, TaskTimeoutError, ValidationError
 from kser.masking import mask
+from kser.progress import check_progress, parse_group
 from kser.results import Result
 from kser.retry import Retry
 from kser.schemas import Message
+from kser.tracebacks import TracebackInfo
 
 __all__ = ["Entrypoint", "Finder"]
 
@@ -83,6 +85,8 @@ def set_up(
         task.postinit()
     except Exception as exc:  # noqa: BLE001 - user code: told now, and again by each execute()
         task._broken = task._finish(results.from_exception(exc, task.uuid))
+        if context.current_control() is not None:
+            task._trace_back(exc)
 
 
 class Entrypoint(metaclass=EntrypointMeta):
@@ -128,6 +132,8 @@ class Entrypoint(metaclass=EntrypointMeta):
     #: What an object starts with; it gets its own when there is something to say.
     _result: Result | None = None
     _broken: Result | None = None
+    #: On a worker: where the exception came from that its last execution ended with.
+    _trace: TracebackInfo | None = None
 
     def __init__(
         self,
@@ -176,6 +182,18 @@ class Entrypoint(metaclass=EntrypointMeta):
         if self._control is not None:
             self._control.beat()
         return self.aborted is None
+
+    def report_progress(
+        self, current: int, total: int, status_line: str = "", group_name: "str | Iterable[str] | None" = None
+    ) -> None:
+        """Tell how far a long run() is, for whoever looks on; see kser.progress.report_progress().
+
+        Outside of a worker nobody does, and nothing happens. Raises TypeError as that does.
+        """
+        check_progress(current, total)
+        group = parse_group(group_name)
+        if self._control is not None and (reports := self._control.reports) is not None:
+            reports.progress(group, int(current), int(total), str.__str__(str(status_line)))
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -302,6 +320,8 @@ class Entrypoint(metaclass=EntrypointMeta):
 
         ``cause``: what was raised, if that is why it failed. A failure that is tried again is not final: no hook.
         """
+        if cause is not None and self._control is not None:
+            self._trace_back(cause)
         if self.retry is not None and self._tried_again(self.retry, result, cause):
             return result
         self._mark(result)
@@ -322,6 +342,11 @@ class Entrypoint(metaclass=EntrypointMeta):
         self.result = result
         self._log_end(result)
         return result
+
+    def _trace_back(self, exc: BaseException) -> None:
+        """Note where an exception came from, for the history."""
+        trace = TracebackInfo.from_exception(exc)
+        self._trace = trace if trace.tells else None
 
     def _tried_again(self, retry: Retry, result: Result, cause: BaseException | None) -> bool:
         """Whether the worker that runs this will try it again; it is told when."""
@@ -395,7 +420,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         prefix = f"{type(self).__name__}.{self._label()}: {self.path}[{self.uuid}]: "
         if args:
             prefix = prefix.replace("%", "%%")
-        kwargs["extra"] = self._extra() | (kwargs.get("extra") or {})
+        kwargs["extra"] = self._extra() | {"klog": True} | (kwargs.get("extra") or {})
         kwargs.setdefault("stacklevel", 2)
         self._message_logger.log(level, f"{prefix}{message}", *args, **kwargs)
 

@@ -1,35 +1,47 @@
 """Events of the sequence: what happened to an operation, as records of ``{group}.events``.
 
-They follow from settling, are keyed by the operation, and order by (run, position, phase). One that a redelivery makes
-again is the same but for ``at`` and ``worker``, so readers drop what they have seen: see History.
+They follow from settling, are keyed by the operation, and order by (run, position, attempt, phase). One that a
+redelivery makes again is the same but for ``at``, ``began``, ``worker`` and maybe ``attempt``, so readers drop what
+they have seen (Event.identity). schema() is the JSON Schema of these records and of those of kser.telemetry.
 """
 
+import importlib.resources
 import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 import orjson
 
 from kser import results
 from kser.errors import ValidationError
-from kser.masking import mask
+from kser.masking import mask, mask_text
 from kser.results import Result
 from kser.schemas import parse
+from kser.tracebacks import TracebackInfo
 from kser.transport import Reader, Record
 
-__all__ = ["Event", "EventType", "OperationView", "events_topic", "follow"]
+__all__ = ["Event", "EventType", "OperationView", "events_topic", "follow", "schema"]
 
 #: Version of the format.
 VERSION = 1
 #: An event with a larger Result carries a note instead of its retval.
 MAX_BYTES = 512 * 1024
+#: A longer traceback is shortened.
+MAX_TRACE_BYTES = 96 * 1024
 
 
 def events_topic(group: str) -> str:
     """Name of the topic that the events of this group go to."""
     return f"{group}.events"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of every record of ``{group}.events`` and ``{group}.telemetry``."""
+    text = importlib.resources.files("kser").joinpath("records.schema.json").read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
 
 
 class EventType:
@@ -47,7 +59,10 @@ class EventType:
     RUN_SENT = "run.sent"
     #: Nobody here can run it: it waits for somebody who can.
     MESSAGE_WAITING = "message.waiting"
+    #: It is no message that can be read.
     MESSAGE_REJECTED = "message.rejected"
+    #: The message of what failed for good, or was rejected, is kept in the dead letters.
+    MESSAGE_DEAD_LETTERED = "message.dead_lettered"
 
 
 _PHASES = {
@@ -59,8 +74,14 @@ _PHASES = {
     EventType.STEP_ABORTED: 1,
     EventType.MESSAGE_WAITING: 1,
     EventType.MESSAGE_REJECTED: 1,
+    EventType.MESSAGE_DEAD_LETTERED: 1,
     EventType.OPERATION_ENDED: 2,
 }
+
+#: Those that tell how an execution ended.
+_EXECUTIONS: Final = frozenset({EventType.STEP_DONE, EventType.STEP_FAILED, EventType.STEP_RETRYING})
+#: Those that an exception may be behind.
+_FAILURES: Final = frozenset({EventType.STEP_FAILED, EventType.STEP_RETRYING})
 
 #: The default of an optional object; nobody writes into it.
 _NONE: dict[str, Any] = {}
@@ -97,6 +118,10 @@ class Event(NamedTuple):
     worker: str = ""
     #: Which attempt of the task it tells of, from 1.
     attempt: int = 1
+    #: When the execution that it tells of began, as ``at``; 0: there was none.
+    began: int = 0
+    #: Where the exception that it failed by came from; None when it was none.
+    trace: TracebackInfo | None = None
 
     @property
     def key(self) -> str:
@@ -111,7 +136,8 @@ class Event(NamedTuple):
     @property
     def identity(self) -> tuple[Any, ...]:
         """The same for an event and its repetition after a redelivery."""
-        return self.key, self.run, self.position, self.phase, self.type, self.uuid, self.attempt
+        attempt = self.attempt if self.type == EventType.STEP_RETRYING else 0
+        return self.key, self.run, self.position, self.phase, self.type, self.uuid, attempt
 
     @property
     def ends(self) -> bool:
@@ -120,14 +146,24 @@ class Event(NamedTuple):
             return self.type in (EventType.STEP_DONE, EventType.STEP_FAILED, EventType.STEP_ABORTED)
         return self.type == EventType.OPERATION_ENDED and self.uuid == self.operation
 
-    def to_bytes(self, worker: str | None = None) -> bytes:
+    def to_bytes(
+        self, worker: str | None = None, *, attempt: int = 1, began: int = 0, trace: TracebackInfo | None = None
+    ) -> bytes:
         """The event as compact UTF-8 JSON, told by ``worker`` (default: its own field).
 
-        Never fails: what JSON has no form for is written as its repr().
+        ``attempt``, ``began`` and ``trace`` are of the execution that made it, and take the place of its own fields
+        where it tells of one. Never fails: what JSON has no form for is written as its repr().
         """
+        kind = self.type
+        if kind not in _EXECUTIONS or attempt == 1:
+            attempt = self.attempt
+        if kind not in _EXECUTIONS or not began:
+            began = self.began
+        if kind not in _FAILURES or trace is None:
+            trace = self.trace
         data: dict[str, Any] = {
             "v": VERSION,
-            "type": self.type,
+            "type": kind,
             "uuid": self.uuid,
             "entrypoint": self.entrypoint,
             "operation": self.operation,
@@ -139,21 +175,27 @@ class Event(NamedTuple):
             "at": self.at or int(time.time() * 1000),
             "worker": self.worker if worker is None else worker,
         }
-        if self.attempt != 1:
-            data["attempt"] = self.attempt
+        if attempt != 1:
+            data["attempt"] = attempt
+        if began:
+            data["began"] = began
         if self.params:
             data["params"] = mask(self.params)
         if self.note:
             data["note"] = self.note
         if self.result is not None:
-            data["result"] = results.dump(self.result)
+            data["result"] = _shown(self.result)
         raw = _encode(data)
         if len(raw) > MAX_BYTES and self.result is not None:
-            shown = results.dump(self.result)
+            shown = data["result"]
             shown["retval"] = {"truncated": f"the event had {len(raw)} bytes, the limit is {MAX_BYTES}"}
             for stream in ("stdout", "stderr"):
                 shown[stream] = str(shown[stream])[:4096]
-            raw = _encode(data | {"result": shown, "params": {}})
+            data["params"] = {}
+            raw = _encode(data)
+        if trace is not None:
+            data["trace"] = trace.fitted(MAX_TRACE_BYTES).dump()
+            raw = _encode(data)
         return raw
 
     @classmethod
@@ -161,7 +203,7 @@ class Event(NamedTuple):
         """The event in a record's value. Raises ValidationError when it is none."""
         try:
             data = parse(raw or b"")
-            result = data.get("result")
+            result, trace = data.get("result"), data.get("trace")
             return cls(
                 type=data["type"],
                 uuid=data["uuid"],
@@ -177,9 +219,21 @@ class Event(NamedTuple):
                 at=data.get("at", 0),
                 worker=data.get("worker", ""),
                 attempt=data.get("attempt", 1),
+                began=data.get("began", 0),
+                trace=TracebackInfo.load(trace) if trace is not None else None,
             )
         except (ValueError, TypeError, KeyError, AttributeError) as exc:
             raise ValidationError(f"Not an event of kser: {exc!r}") from None
+
+
+def _shown(result: Result) -> dict[str, Any]:
+    """The Result as data; in the text of an error what looks secret is masked, as in its traceback."""
+    data = results.dump(result)
+    retval = data["retval"]
+    if result.retcode and isinstance(retval, dict) and isinstance(error := retval.get("error"), dict):
+        texts = {name: mask_text(text) for name in ("message", "stack") if isinstance(text := error.get(name), str)}
+        data["retval"] = {**retval, "error": {**error, **texts}}
+    return data
 
 
 def _encode(data: dict[str, Any]) -> bytes:

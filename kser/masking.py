@@ -1,10 +1,11 @@
 """Masking of values whose name looks secret: one list, in one place, for logs, results and pages."""
 
+import functools
 import os
 import re
 from typing import Any
 
-__all__ = ["MASK", "looks_secret", "mask"]
+__all__ = ["MASK", "looks_secret", "mask", "mask_text"]
 
 #: What is shown instead of a secret value.
 MASK = "********"
@@ -16,12 +17,25 @@ _WORDS: tuple[str, ...] = (
 EXTRA_WORDS_VARIABLE = "KSER_SECRET_WORDS"
 _SPLIT = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _TOO_DEEP = "(nested too deep to be shown)"
+#: ``"password": "x"``, ``password=x``, ``Authorization: Basic x`` and ``scheme://user:x@host``.
+_SECRETS = re.compile(
+    r"""(?P<quote>["'])(?P<quoted>[\w.\-]{1,100})(?P=quote)\s*:\s*(?P<value1>"[^"\n]*"?|'[^'\n]*'?|[^\s,;}\])]+)"""
+    r"""|(?<![\w.\-])(?P<plain>[\w.\-]{1,100})=(?P<value2>"[^"\n]*"?|'[^'\n]*'?|[^\s,;&}\])]+)"""
+    r"""|(?<!\w)authorization:\s*(?P<value3>[^\n"',;]+)"""
+    r"""|://[^\s/:@]*:(?P<value4>[^\s/@]+)@""",
+    re.IGNORECASE,
+)
 
 
 def looks_secret(name: str) -> bool:
     """True when one of the words of ``name`` (api_key, apiKey, sasl.password) is, or begins with, a secret one."""
+    return _looks_secret(name, os.environ.get(EXTRA_WORDS_VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=4096)
+def _looks_secret(name: str, extra: str) -> bool:
     words = _WORDS
-    if extra := os.environ.get(EXTRA_WORDS_VARIABLE):
+    if extra:
         words += tuple(word.strip().lower() for word in extra.split(",") if word.strip())
     lowered = name.lower()
     return any(part in words or part.rstrip("s") in words for part in (p.lower() for p in _SPLIT.split(name))) or any(
@@ -40,6 +54,11 @@ def mask(value: Any) -> Any:
         return _TOO_DEEP
 
 
+def mask_text(text: str) -> str:
+    """``text`` in which the values that are written beside secret names are replaced by MASK."""
+    return _SECRETS.sub(_masked, text)
+
+
 def _mask(value: Any) -> Any:
     if isinstance(value, dict):
         return {
@@ -49,3 +68,13 @@ def _mask(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_mask(v) for v in value]
     return value
+
+
+def _masked(found: "re.Match[str]") -> str:
+    name = found["quoted"] or found["plain"]
+    if name is not None and not looks_secret(name):
+        return found[0]
+    kind = next(kind for kind in ("value1", "value2", "value3", "value4") if found[kind] is not None)
+    start, end = found.span(kind)
+    whole = found.string[found.start() : found.end()]
+    return whole[: start - found.start()] + MASK + whole[end - found.start() :]

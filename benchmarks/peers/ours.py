@@ -1,4 +1,4 @@
-"""kser's worker for produce_to_done.py: arguments bootstrap, topic, group."""
+"""kser's worker for produce_to_done.py: arguments bootstrap, topic, group, and what is told (Worker's events)."""
 
 import sys
 import time
@@ -6,7 +6,6 @@ import time
 from kser import OperationRegistry, Result, Task, Worker
 
 registry = OperationRegistry()
-EVENTS = "--no-events" not in sys.argv
 
 
 @registry.subscribe(name="noop")
@@ -24,5 +23,5 @@ def hit(i: int, n: int) -> None:
 
 
 if __name__ == "__main__":
-    bootstrap, topic, group = sys.argv[1:4]
-    Worker(registry, topics=[topic], group=group, config={"bootstrap.servers": bootstrap}, events=EVENTS).run()
+    bootstrap, topic, group, events = sys.argv[1:5]
+    Worker(registry, topics=[topic], group=group, config={"bootstrap.servers": bootstrap}, events=events).run()

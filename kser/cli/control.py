@@ -1,4 +1,4 @@
-"""``kser abort``, ``pause``, ``resume`` and ``paused``: what workers are told; ``kser workers``: what they tell."""
+"""``kser abort``, ``pause``, ``resume`` and ``paused``: what workers are told."""
 
 import difflib
 import shlex
@@ -24,6 +24,7 @@ from kser.cli.options import (
 )
 from kser.cli.output import columns, write_json
 from kser.cli.watch import Deadline
+from kser.cli.workers import notes_of
 from kser.control import (
     AbortAnswer,
     Pause,
@@ -41,7 +42,7 @@ from kser.events import events_topic, read
 from kser.status import Status
 from kser.transport import Reader, Transport
 
-__all__ = ["abort", "pause", "paused", "resume", "workers"]
+__all__ = ["abort", "pause", "paused", "resume"]
 
 #: Longest wait for a sign of life of the broker, and for all that a command asks of it.
 _ANSWERS_S = 10.0
@@ -49,8 +50,6 @@ _DONE_S = 60.0
 #: Seconds between two looks while an end is awaited; without a word after so many, a person is told what may be wrong.
 _POLL_S = 0.2
 _HINT_AFTER_S = 10.0
-#: Names that are shown of what a worker knows; --format json has all.
-_NAMES: Final = 5
 #: How much alike a name has to be for one to be offered in its place.
 _CLOSE: Final = 0.8
 
@@ -264,7 +263,7 @@ def pause(
     )
     if topic is not None and topic not in transport.admin().describe([topic]):
         click.echo(f"kser: there is no topic {topic} yet", err=True)
-    if task is not None and (doubt := _unknown_task(task, _workers(transport, named))):
+    if task is not None and (doubt := _unknown_task(task, notes_of(transport, named))):
         click.echo(f"kser: {doubt}", err=True)
     if output == "json":
         write_json({"group": named, **_shown(entry)})
@@ -337,44 +336,6 @@ def paused(group: str | None, connection: Connection, output: str) -> None:
             click.echo(line)
 
 
-@click.command(
-    "workers",
-    short_help="List the workers of a group and what they know.",
-    epilog=example("kser workers --group shop --bootstrap-servers 127.0.0.1:9092"),
-)
-@_common
-def workers(group: str | None, connection: Connection, output: str) -> None:
-    """List the workers of a group: their names, and the tasks and operations that each can run.
-
-    They tell it themselves when they start, and when they end; one that was killed is listed for a day.
-    """
-    named, transport = connection.group(group), connection.transport()
-    found = _asked(connection, transport, lambda: _workers(transport, named))
-    if output == "json":
-        shown = [
-            {"name": it.name, "at": it.at_ms, "entrypoints": sorted(it.entrypoints), "complete": it.complete}
-            for it in found
-        ]
-        write_json({"group": named, "workers": shown})
-    elif not found:
-        click.echo(f"No worker of group {named} tells that it is there")
-    else:
-        for line in columns(("name", "told", "knows"), [(it.name, _since(it), _knows(it)) for it in found]):
-            click.echo(line)
-
-
-def _workers(transport: Transport, group: str) -> list[WorkerNote]:
-    return read_control(transport, group, _DONE_S).workers_at(time.time_ns() // 1_000_000)
-
-
-def _knows(note: WorkerNote) -> str:
-    # What a script calls its own is known by another name, too, as a rule.
-    names = sorted(note.entrypoints, key=lambda name: (name.startswith("__main__."), name))
-    more = len(names) - _NAMES
-    told = f" and {more}{'' if note.complete else ' or'} more" if more > 0 else ""
-    return _line(", ".join(names[:_NAMES])) + told
-
-
 def _unknown_task(task: str, found: list[WorkerNote]) -> str:
     """What may be wrong with the name of a task; "" when nothing is, as far as the workers tell."""
     known = {name for note in found for name in note.entrypoints}
@@ -419,7 +380,7 @@ def _line(text: str) -> str:
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
-def _since(entry: Pause | WorkerNote) -> str:
+def _since(entry: Pause) -> str:
     try:
         return datetime.fromtimestamp(entry.at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
     except (ValueError, OverflowError, OSError):

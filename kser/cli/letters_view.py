@@ -16,11 +16,11 @@ import click
 from kser.dead_letters import DeadLetter, Replay
 from kser.errors import ValidationError
 from kser.letters import decode
-from kser.masking import mask
+from kser.masking import mask, mask_text
 from kser.redrive import remaining
 from kser.schemas import Message, parse
 from kser.sequencing.itinerary import METADATA_KEY
-from kser.worker.dead_letters import OWN_HEADERS, mask_text
+from kser.worker.dead_letters import OWN_HEADERS
 
 __all__ = ["details", "header_text", "hints", "outcome_lines", "table"]
 

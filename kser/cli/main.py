@@ -1,7 +1,6 @@
 """The command ``kser``."""
 
 import contextlib
-import importlib.metadata
 import io
 import os
 import signal
@@ -16,6 +15,7 @@ from kser.cli.control import abort, pause, paused, resume, workers
 from kser.cli.demo import demo
 from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
+from kser.cli.lag import lag
 from kser.cli.launch import launch
 from kser.cli.operations import operations
 from kser.cli.options import example, format_option, need_command, outer_log_level_option
@@ -23,6 +23,8 @@ from kser.cli.send import send
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
 from kser.cli.worker import worker
+from kser.cli.workers import workers
+from kser.version import kser_version
 
 __all__ = ["cli", "main"]
 
@@ -63,16 +65,9 @@ def _reader_is_gone() -> int:
     return FAILED
 
 
-def _version() -> str:
-    try:
-        return importlib.metadata.version("kser")
-    except importlib.metadata.PackageNotFoundError:  # run from its source, not installed
-        return "unknown"
-
-
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:  # noqa: ARG001
     if value:
-        click.echo(f"kser {_version()}")
+        click.echo(f"kser {kser_version()}")
         ctx.exit()
 
 
@@ -109,7 +104,7 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
 
 for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, broker):
     cli.add_command(_command)
-for _command in (abort, pause, resume, paused, workers):
+for _command in (workers, lag, abort, pause, resume, paused):
     cli.add_command(_command)
 
 

@@ -31,7 +31,7 @@ from kser.worker.dispatch import Ordering
 from kser.worker.members import places
 from kser.worker.processes import LEFT, TWIN, Processes
 from kser.worker.shutdown import end_within, obey_stdin, stopping_on_signals
-from kser.worker.worker import Delivery, LostOffset
+from kser.worker.worker import Delivery, Events, LostOffset
 
 __all__ = ["LEFT", "TWIN", "worker"]
 
@@ -158,10 +158,11 @@ def count(*names: str, default: int, note: str) -> Decorator:
 @count("--max-poll-records", default=500, note="Messages taken from the client at a time.")
 @option(
     "--events",
-    type=click.Choice(["sequence", "none"]),
-    default="sequence",
+    type=click.Choice(get_args(Events)),
+    default="all",
     show_default=True,
-    help="What is told in the group's events topic.",
+    help="What is told: sequence: what became of operations and tasks ({group}.events); all: also what runs, its "
+    "progress and log lines, and the workers ({group}.telemetry).",
 )
 @option(
     "--wait",
@@ -213,7 +214,6 @@ def worker(
     connection: Connection,
     concurrency: int,
     isolated: int,
-    events: str,
     **settings: Any,
 ) -> None:
     """Run the tasks of a registry, taking messages from topics, until SIGTERM or Ctrl-C.
@@ -244,7 +244,6 @@ def worker(
         health_host=health_host,
         concurrency=concurrency,
         isolated=isolated,
-        events=events != "none",
         location=registry,
         **settings,
     )

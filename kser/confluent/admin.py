@@ -151,6 +151,15 @@ class ConfluentAdmin:
         ends = self._offsets(partitions, OffsetSpec.latest(), end)  # type: ignore[no-untyped-call]
         return {of: (starts[of], ends[of]) for of in starts}
 
+    def offsets_at(self, partitions: Sequence[Partition], time_ms: int, timeout_s: float = 10) -> dict[Partition, int]:
+        """See TopicAdmin."""
+        end = time.monotonic() + timeout_s
+        if not self.can_create(_left(end)):  # librdkafka's mock cluster does not look at timestamps
+            return self._offsets(partitions, OffsetSpec.earliest(), end)  # type: ignore[no-untyped-call]
+        ends = self._offsets(partitions, OffsetSpec.latest(), end)  # type: ignore[no-untyped-call]
+        found = self._offsets(partitions, OffsetSpec.for_timestamp(time_ms), end)
+        return {of: offset if offset >= 0 else ends[of] for of, offset in found.items()}
+
     def session_timeout_s(self, group: str) -> float:
         """After how long without a heartbeat the broker puts a member of this group out, under KIP-848."""
         return self._of_group(group, "consumer.session.timeout.ms", _SESSION_MS) / 1000

@@ -255,7 +255,11 @@ class ConfluentReader(_Onlooker):
 
 
 def read_partitions(
-    user: Mapping[str, Any], admin: ConfluentAdmin, partitions: Sequence[Partition], timeout_s: float
+    user: Mapping[str, Any],
+    admin: ConfluentAdmin,
+    partitions: Sequence[Partition],
+    timeout_s: float,
+    starts: Mapping[Partition, int],
 ) -> Iterator[list[Record]]:
     """All that is in these partitions, in batches: see kser.transport.Transport.read().
 
@@ -264,7 +268,10 @@ def read_partitions(
     client gets past it when the last of them is decided. Source: Kafka Streams restores state stores in the same way.
     """
     limit = time.monotonic() + timeout_s
-    bounds = {(of.topic, of.partition): bounds for of, bounds in admin.bounds(partitions, timeout_s).items()}
+    bounds = {
+        (of.topic, of.partition): (max(low, starts.get(of, low)), high)
+        for of, (low, high) in admin.bounds(partitions, timeout_s).items()
+    }
     ends = {key: end for key, (start, end) in bounds.items() if start < end}
     if not ends:
         return

@@ -45,9 +45,15 @@ class ConfluentTransport:
         """See Transport. Raises TransportError when no broker answers within 10 s."""
         return ConfluentReader(self._user, self._admin, topics, start)
 
-    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> Iterator[list[Record]]:
+    def read(
+        self,
+        partitions: Sequence[Partition],
+        timeout_s: float = 60,
+        *,
+        starts: Mapping[Partition, int] | None = None,
+    ) -> Iterator[list[Record]]:
         """See Transport."""
-        return read_partitions(self._user, self._admin, partitions, timeout_s)
+        return read_partitions(self._user, self._admin, partitions, timeout_s, starts or {})
 
     def admin(self) -> ConfluentAdmin:
         """See Transport. The same one each time."""

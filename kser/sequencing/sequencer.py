@@ -173,6 +173,7 @@ class Sequencer:
                 inner = around.enter(frame)._replace(new=False)
             except BaseException as exc:  # noqa: BLE001 - user code built it; sys.exit() in there ends the operation only
                 failure = results.from_exception(exc, operation.uuid)
+                operation._trace_back(exc)
             if failure is None and not operation_todo(operation):
                 final = self._end(operation, operation.tasks[-1], operation.tasks[-1].result)
         root = around.root.uuid if around.frames else operation.uuid
@@ -362,6 +363,7 @@ class Sequencer:
                 status=_status(final),
                 result=final,
                 note=note,
+                trace=None if results.is_success(final) else operation._trace,
             )
         )
         if around.frames:

@@ -327,6 +327,15 @@ class TopicAdmin(Protocol):
     def create(self, specs: Sequence[TopicSpec], timeout_s: float = 30) -> list[str]:
         """Make the topics that do not exist yet; the names of those made now. Raises TransportError."""
 
+    def offsets_at(self, partitions: Sequence[Partition], time_ms: int, timeout_s: float = 10) -> dict[Partition, int]:
+        """Where to begin to read each of these for what was written at ``time_ms`` or later: Transport.read(starts=).
+
+        By the timestamps of the records, milliseconds since the epoch. A partition without such a record is left at its
+        end, and one of a broker that cannot tell (the embedded one) at its start.
+
+        Raises TransportError: there is no such partition, or no answer within ``timeout_s``.
+        """
+
     def delete_records(self, positions: Sequence[Position], timeout_s: float = 30) -> None:
         """Delete, for good, what lies before the offset of each of these positions, and return once it is done.
 
@@ -358,8 +367,16 @@ class Transport(Protocol):
     def reader(self, topics: Sequence[str], start: Literal["beginning", "end"] = "beginning") -> Reader:
         """A new reader of these topics. "end": only what is written after this call returned."""
 
-    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> Iterator[list[Record]]:
+    def read(
+        self,
+        partitions: Sequence[Partition],
+        timeout_s: float = 60,
+        *,
+        starts: Mapping[Partition, int] | None = None,
+    ) -> Iterator[list[Record]]:
         """All that is in these partitions, from their starts to their ends, in batches; each partition in its order.
+
+        Of a partition that has an offset in ``starts``, what is there from that offset on.
 
         It ends with what was there when the first batch was asked for. Of transactions only committed records are
         given; one that was open then is waited for, because it may be committed. Empty partitions cost next to nothing.

@@ -10,7 +10,7 @@ somebody else calls. Waiting wakes at once when something comes.
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -101,13 +101,20 @@ class MemoryTransport:
         """A new reader of these topics. "end": only what is written after this call returned."""
         return MemoryReader(self._cluster, topics, start)
 
-    def read(self, partitions: Sequence[Partition], timeout_s: float = 60) -> Iterator[list[Record]]:
+    def read(
+        self,
+        partitions: Sequence[Partition],
+        timeout_s: float = 60,
+        *,
+        starts: Mapping[Partition, int] | None = None,
+    ) -> Iterator[list[Record]]:
         """All that is in these partitions, in batches; see `kser.transport.Transport.read`."""
+        begin = starts or {}
         cluster = self._cluster
         deadline = cluster.clock.monotonic() + timeout_s
         with cluster.changed:
             # The next offset to read and the end of each; the end counts what an open transaction has written.
-            left = {partition: (0, cluster.log(partition).end) for partition in partitions}
+            left = {of: (begin.get(of, 0), cluster.log(of).end) for of in partitions}
         while left:
             records: list[Record] = []
             with cluster.changed:
@@ -842,6 +849,22 @@ class MemoryAdmin:
                 self._cluster.grow(spec.name, spec.partitions)
                 made.append(spec.name)
         return made
+
+    def offsets_at(
+        self,
+        partitions: Sequence[Partition],
+        time_ms: int,
+        timeout_s: float = 10,  # noqa: ARG002 - never waits
+    ) -> dict[Partition, int]:
+        """Where what was written at that time or later begins; see `kser.transport.TopicAdmin.offsets_at`."""
+        found = {}
+        with self._cluster.changed:
+            self._cluster.tick()
+            for of in partitions:
+                log = self._cluster.log(of)
+                records = log.read(log.start, log.end)[0]
+                found[of] = next((record.offset for record in records if record.timestamp_ms >= time_ms), log.end)
+        return found
 
     def delete_records(self, positions: Sequence[Position], timeout_s: float = 30) -> None:  # noqa: ARG002 - never waits
         """Delete what lies before these offsets; see `kser.transport.TopicAdmin.delete_records`."""

@@ -22,6 +22,7 @@ from kser import context, loading
 from kser.context import Control
 from kser.controller import Controller
 from kser.errors import Error
+from kser.loghandler import JobControlLogHandler, fields_of
 from kser.transport import Record
 from kser.worker.runner import Outcome, Runner
 
@@ -32,7 +33,10 @@ __all__ = [
     "END",
     "FAULT",
     "HEAD",
+    "LOG",
+    "PROGRESS",
     "READY",
+    "TOLD",
     "UNKNOWN",
     "UNLOADABLE",
     "Channel",
@@ -52,6 +56,10 @@ DONE: Final = "done"
 UNKNOWN: Final = "unknown"
 FAULT: Final = "fault"
 BEAT: Final = "beat"
+PROGRESS: Final = "progress"
+LOG: Final = "log"
+#: What it says while a task runs.
+TOLD: Final = frozenset({BEAT, PROGRESS, LOG})
 # What it hears beside its records.
 ABORT: Final = "abort"
 END: Final = "end"
@@ -147,8 +155,8 @@ class _Control(Control):
 
     __slots__ = ("_channel", "_number")
 
-    def __init__(self, attempt: int, number: int, channel: Channel) -> None:
-        super().__init__(attempt)
+    def __init__(self, attempt: int, number: int, channel: Channel, *, reports: bool = False) -> None:
+        super().__init__(attempt, (lambda _: _Reports(number, channel)) if reports else None)
         self._number = number
         self._channel = channel
 
@@ -157,6 +165,29 @@ class _Control(Control):
         if now - self.alive >= _BEAT_S:
             self.alive = now
             self._channel.send((BEAT, self._number))
+
+
+class _Reports:
+    """Gives the parent what the task that runs here tells; the parent limits it. Implements kser.context.Reports."""
+
+    def __init__(self, number: int, channel: Channel) -> None:
+        self._number = number
+        self._channel = channel
+        self._ended = False
+
+    def progress(self, group: tuple[str, ...], current: int, total: int, status_line: str) -> None:
+        self._send((PROGRESS, self._number, group, current, total, status_line))
+
+    def log(self, record: logging.LogRecord) -> None:
+        self._send((LOG, self._number, fields_of(record)))
+
+    def end(self) -> None:
+        self._ended = True
+
+    def _send(self, said: tuple[Any, ...]) -> None:
+        if not self._ended:
+            with contextlib.suppress(OSError):  # the parent is gone, and with it this process
+                self._channel.send(said)
 
 
 class _Forwarding(logging.Handler):
@@ -302,11 +333,12 @@ class _Child:
             elif work.cls is None and (work.itinerary is None or work.itinerary.end is None):
                 return UNKNOWN, number, work.kmsg.entrypoint
             else:
-                control = _Control(work.attempt, number, self._work)
+                control = _Control(work.attempt, number, self._work, reports=self._orders["reports"])
                 self._running = running = (number, control)
                 self._tell(running)
                 with context.controlling(control):
                     outcome = runner.execute(work)
+                control.end()
             return DONE, number, outcome.kind, outcome.ahead, [_fields(out) for out in outcome.records], outcome.again_s
         except Exception as exc:
             logger.exception("Record %s/%s/%s broke its process", record.topic, record.partition, record.offset)
@@ -396,6 +428,8 @@ def main() -> NoReturn:
         os._exit(0)
     sys.argv[:], sys.path[:] = orders["argv"], orders["path"]
     logging.getLogger().addHandler(_Forwarding(logs))
+    if orders["reports"]:
+        logging.getLogger().addHandler(JobControlLogHandler())
     set_levels(orders)
     child = _Child(work, control, orders)
     child.listen()

@@ -5,18 +5,17 @@ can always be produced: what does not fit into the largest record is left out, t
 """
 
 import json
-import re
 from typing import Any, Final
 
 from kser import headers as names
 from kser import results
-from kser.masking import MASK, looks_secret
+from kser.masking import mask_text
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import METADATA_KEY
 from kser.transport import Header, OutRecord, Record
 
-__all__ = ["LEAST_BYTES", "LEFT_OUT", "MAX_BYTES", "OWN_HEADERS", "TOO_LARGE", "dead_letter", "mask_text"]
+__all__ = ["LEAST_BYTES", "LEFT_OUT", "MAX_BYTES", "OWN_HEADERS", "TOO_LARGE", "dead_letter"]
 
 #: Header of a dead letter that is not whole: "headers" when those of the message are not in it, "value" when its value
 #: is not.
@@ -44,15 +43,6 @@ _HEADER_BYTES: Final = 12
 _RECORD_BYTES: Final = 128
 #: Of a longer text only so much is looked at, in characters.
 _LONG_TEXT: Final = 64 * 1024
-
-#: ``"password": "x"``, ``password=x``, ``Authorization: Basic x`` and ``scheme://user:x@host``.
-_SECRETS: Final = re.compile(
-    r"""(?P<quote>["'])(?P<quoted>[\w.\-]{1,100})(?P=quote)\s*:\s*(?P<value1>"[^"\n]*"?|'[^'\n]*'?|[^\s,;}\])]+)"""
-    r"""|(?<![\w.\-])(?P<plain>[\w.\-]{1,100})=(?P<value2>"[^"\n]*"?|'[^'\n]*'?|[^\s,;&}\])]+)"""
-    r"""|(?<!\w)authorization:\s*(?P<value3>[^\n"',;]+)"""
-    r"""|://[^\s/:@]*:(?P<value4>[^\s/@]+)@""",
-    re.IGNORECASE,
-)
 
 
 def dead_letter(
@@ -130,22 +120,7 @@ def dead_letter(
     return OutRecord(topic, None, place, short)
 
 
-def mask_text(text: str) -> str:
-    """``text`` in which the values that are written beside secret names are replaced by MASK."""
-    return _SECRETS.sub(_masked, text)
-
-
 # -- inside ------------------------------------------------------------------------------------------------------------
-
-
-def _masked(found: "re.Match[str]") -> str:
-    name = found["quoted"] or found["plain"]
-    if name is not None and not looks_secret(name):
-        return found[0]
-    kind = next(kind for kind in ("value1", "value2", "value3", "value4") if found[kind] is not None)
-    start, end = found.span(kind)
-    whole = found.string[found.start() : found.end()]
-    return whole[: start - found.start()] + MASK + whole[end - found.start() :]
 
 
 def _described(result: Result) -> tuple[str, str, str]:

@@ -15,10 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from kser import context
-from kser.context import Control
+from kser.context import Control, Reports
 from kser.entry import Entrypoint
 from kser.errors import TaskTimeoutError
 from kser.transport import Record
@@ -221,6 +222,7 @@ class Executor:
         coroutines: ``async def`` tasks side by side.
         isolated: runs one record in a child process and gives its Outcome; None: isolated tasks are refused.
         told: what people told this group; None: nobody listens to them.
+        open_reports: makes what takes the reports of an execution; None: nobody wants to know.
         children: isolated tasks side by side.
         max_abandoned: threads that may be given up because their task ignores its timeout.
         wake: called from any thread when something is finished.
@@ -239,8 +241,10 @@ class Executor:
         children: int = 1,
         max_abandoned: int = 16,
         told: ControlWatch | None = None,
+        open_reports: Callable[[Work, Control], Reports] | None = None,
     ) -> None:
         self._told = told
+        self._open_reports = open_reports
         self._runner = runner
         self._wake = wake
         self._max_abandoned = max_abandoned
@@ -337,14 +341,20 @@ class Executor:
                 return str(item.work.name)
         return ""
 
+    def executions(self) -> list[tuple[Item, float]]:
+        """What is being run, each with when it began (time.monotonic())."""
+        found = []
+        for hand in self._hands():
+            since, item = hand.since, hand.item
+            if item is not None and item.work is not None:
+                found.append((item, since))
+        return found
+
     def running(self) -> list[RunningTask]:
         """What is being run."""
         now = time.monotonic()
         found = []
-        for hand in self._hands():
-            item, since = hand.item, hand.since
-            if item is None or item.work is None:
-                continue
+        for item, since in self.executions():
             alive = item.control.alive if item.control is not None else 0.0
             found.append(
                 RunningTask(item.work.kmsg.entrypoint, item.work.kmsg.uuid, now - since, now - alive if alive else None)
@@ -420,6 +430,7 @@ class Executor:
                 return
             hand.abandoned = True
             rest = hand.unit
+            item.control.end()
         logger.error("%s ignores its timeout of %g s: its thread is given up and replaced", item.work.name, timeout)
         self.abandoned.append(hand)
         crew.replace(hand)
@@ -507,7 +518,8 @@ class Executor:
                     return True
                 if kind is not None and not self._pass(kind, crew, item, unit):
                     return False
-            item.control = Control(work.attempt)
+            opening = self._open_reports
+            item.control = Control(work.attempt, partial(opening, work) if opening is not None else None)
             context._control.set(item.control)
             if item.error is not None:
                 item.outcome = self._runner.fail(work, item.error)
@@ -536,6 +548,8 @@ class Executor:
             # A fault of kser itself, not of the task. Unsettled, so that a worker with the cure runs it again.
             logger.exception("Record %s/%s/%s broke the worker", record.topic, record.partition, record.offset)
             item.outcome = Outcome("broken")
+        if (control := item.control) is not None:
+            control.end()
         if item.admitted is not None:
             self._leave(item)
         return True

@@ -9,8 +9,8 @@ import logging
 import socketserver
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
@@ -53,8 +53,14 @@ class HealthStatus:
     in_flight: int = 0
     unsettled: int = 0
     free_executors: int = 0
-    partitions: int = 0
+    #: What it owns: topic -> numbers of partitions.
+    assigned: Mapping[str, Sequence[int]] = field(default_factory=dict)
     draining: bool = False
+
+    @property
+    def partitions(self) -> int:
+        """How many partitions it owns."""
+        return sum(map(len, self.assigned.values()))
 
     @property
     def alive(self) -> bool:

@@ -44,6 +44,7 @@ from kser.worker.runner import Outcome, Runner, Work
 from kser.worker.settle import TWIN_S, AtLeastOnce, Batch, ExactlyOnce, Settler, Verdict
 from kser.worker.state import StateStore, owner_of, state_topic
 from kser.worker.state_loader import StateLoader
+from kser.worker.telemetry import TelemetrySender
 from kser.worker.tiers import MAX_DELAY_S, SHORTEST_S, dead_letter_topic, to_tier
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class Loop:
         *,
         static: bool,
         watch: ControlWatch | None = None,
+        telemetry: TelemetrySender | None = None,
     ) -> None:
         self.worker = worker
         self.stats = worker.stats
@@ -166,7 +168,10 @@ class Loop:
             max_abandoned=worker.max_abandoned,
             wake=lambda: self._inbox.put(None),
             told=watch,
+            open_reports=telemetry.open if telemetry is not None else None,
         )
+        if telemetry is not None:
+            telemetry.executions = self.executor.executions
         self.watch = watch
         self._watched = 0
         self.dispatcher = Dispatcher(worker.ordering, self.executor.submit)
@@ -681,7 +686,7 @@ class Loop:
         cls, control = work.cls, item.control
         try:
             outcome: Outcome = self._pool.run(
-                work.record, cls.timeout if cls is not None else None, lambda: control.aborted, control.beat
+                work.record, cls.timeout if cls is not None else None, lambda: control.aborted, control
             )
         except AbortedError:
             return Outcome("aborted")  # its partition is gone, or the worker ends: it runs again elsewhere
@@ -1263,6 +1268,13 @@ class Loop:
 
     # -- for onlookers, from any thread ------------------------------------------------------------------------------
 
+    @property
+    def state(self) -> str:
+        """Where it stands: "starting" until the group has taken it in, "running", or "draining"."""
+        if self.draining:
+            return "draining"
+        return "running" if self._joined else "starting"
+
     def status(self) -> HealthStatus:
         """How it is doing."""
         free, reasons = self.executor.free, []
@@ -1285,9 +1297,16 @@ class Loop:
             in_flight=self.in_flight,
             unsettled=len(self.pending),
             free_executors=max(free, 0),
-            partitions=len(self.parts),
+            assigned=self._assigned(),
             draining=self.draining,
         )
+
+    def _assigned(self) -> dict[str, list[int]]:
+        """Partitions that it owns, by topic."""
+        found: dict[str, list[int]] = {}
+        for of in sorted(self.parts):
+            found.setdefault(of.topic, []).append(of.partition)
+        return found
 
 
 def _with(record: Record, changed: Mapping[str, int | str], without: AbstractSet[str] = frozenset()) -> Record:

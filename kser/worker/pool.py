@@ -8,7 +8,8 @@ What the two say, each value marshalled with its length in front:
 
 1. ``work``, a socket. Parent: its orders (where the registry is, Runner's arguments, sys.path, sys.argv, log levels).
    Child: ("ready",) or ("unloadable", why), and ends. Then for each record, parent: (number, the record's fields);
-   child: any count of ("beat", number), then one of ("done", number, kind, ahead, records, again_s), ("unknown",
+   child: any count of ("beat", number), ("progress", number, group, current, total, status line) and ("log", number,
+   fields), then one of ("done", number, kind, ahead, records, again_s), ("unknown",
    number, name) for a class that only the parent has registered, ("fault", number, text) for an error that is no
    task's. The parent closes its side to end an idle child.
 2. ``control``, a socket the child reads in a thread of its own, while a task runs. Parent: ("abort", number, reason),
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn, Self
 
 from kser import loading
+from kser.context import Control
 from kser.errors import (
     AbortedError,
     ConfigurationError,
@@ -56,6 +58,7 @@ from kser.transport import OutRecord, Record
 from kser.worker import child as protocol
 from kser.worker.child import Channel
 from kser.worker.runner import Outcome
+from kser.worker.telemetry import TaskReports
 
 __all__ = ["IsolatedPool", "command", "location_of", "surroundings"]
 
@@ -80,6 +83,7 @@ class IsolatedPool:
         location: ``MODULE_OR_FILE:NAME`` of the registry or controller.
         size: children that are kept. run() may be called by as many threads side by side.
         settings: of the children's Runner: its arguments after the controller, by name.
+        reports: whether progress and log lines of tasks are wanted.
         grace_s: what a task that was told to end gets before it is killed, in seconds.
         load_limit_s: what a child gets to load the registry, in seconds.
 
@@ -94,6 +98,7 @@ class IsolatedPool:
         size: int,
         *,
         settings: Mapping[str, Any],
+        reports: bool = False,
         grace_s: float = 2.0,
         load_limit_s: float = 60.0,
     ) -> None:
@@ -106,7 +111,7 @@ class IsolatedPool:
             raise ConfigurationError("isolate=True needs a Python to start: sys.executable of this program is empty")
         self.size = size
         self._location = loading.absolute(location)
-        self._orders = {"runner": dict(settings)}
+        self._orders = {"runner": dict(settings), "reports": reports}
         self._grace_s = grace_s
         self._load_limit_s = load_limit_s
         self._lock = threading.Lock()
@@ -121,7 +126,7 @@ class IsolatedPool:
         record: Record,
         timeout_s: float | None,
         aborted: Callable[[], str | None],
-        on_heartbeat: Callable[[], None] | None = None,
+        control: Control | None = None,
     ) -> Outcome:
         """Run one record in a child and give its Outcome, without ``refused``: Runner.refused_for() makes that. Blocks.
 
@@ -130,7 +135,7 @@ class IsolatedPool:
             timeout_s: seconds after which the child is killed, counted from when it takes the record; None: never.
             aborted: asked every 0.1 s. A reason is told to the task, which has ``grace_s`` to end; what it still gives
                 counts. Then its child is killed.
-            on_heartbeat: called in this thread for heartbeats of the task, at most ten times a second.
+            control: gets in this thread what the task tells: heartbeats, at most ten a second, progress and log lines.
 
         Raises, and in each case but the last two the child is gone and another will take its place:
             TaskTimeoutError: the time was up.
@@ -145,7 +150,7 @@ class IsolatedPool:
         for _ in range(_CHILDREN):
             child = self._take(record, aborted)
             try:
-                answer = self._exchange(child, record, timeout_s, aborted, on_heartbeat)
+                answer = self._exchange(child, record, timeout_s, aborted, control)
             except _NotBegunError:
                 self._lost_idle(child)
                 continue
@@ -267,7 +272,7 @@ class IsolatedPool:
         record: Record,
         timeout_s: float | None,
         aborted: Callable[[], str | None],
-        on_heartbeat: Callable[[], None] | None,
+        control: Control | None,
     ) -> tuple[Any, ...]:
         """What the child answers."""
         deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
@@ -284,10 +289,10 @@ class IsolatedPool:
             if said is not None:
                 if said[1] != child.number:
                     continue  # a heartbeat of the record before, from a thread it left behind
-                if said[0] != protocol.BEAT:
+                if said[0] not in protocol.TOLD:
                     return tuple(said)
-                if on_heartbeat is not None:
-                    on_heartbeat()
+                if control is not None:
+                    _tell(control, said)
             elif child.dead():
                 raise _crashed(record, child.exit_text())
             now = time.monotonic()
@@ -316,6 +321,20 @@ class IsolatedPool:
                 extra=_extra(record),
             )
         raise InternalError(f"{_what(record)} broke its child process: {answer[2]}", extra=_extra(record))
+
+
+def _tell(control: Control, said: tuple[Any, ...]) -> None:
+    """Pass on what a task has told while it runs."""
+    if said[0] == protocol.BEAT:
+        control.beat()
+        return
+    reports = control.reports
+    if isinstance(reports, TaskReports):
+        if said[0] == protocol.PROGRESS:
+            _, _, group, current, total, status_line = said
+            reports.progress(tuple(group), current, total, status_line)
+        else:
+            reports.log_fields(said[2])
 
 
 def surroundings(location: str) -> dict[str, Any]:

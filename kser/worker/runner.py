@@ -22,6 +22,7 @@ from kser.sequencing.plain_step import is_plain
 from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing, Sequencer, step_event
 from kser.sequencing.task import Task, UnregisteredTask
 from kser.status import Status
+from kser.tracebacks import TracebackInfo
 from kser.transport import OutRecord, Record
 from kser.worker.dead_letters import MAX_BYTES, dead_letter
 from kser.worker.tiers import dead_letter_topic
@@ -121,12 +122,17 @@ class Work:
 class _Outbox:
     """What the running task sends. Implements context.Delivery."""
 
-    def __init__(self, sequencer: Sequencer, topic: str, itinerary: Any = None) -> None:
+    def __init__(self, sequencer: Sequencer, topic: str, itinerary: Any = None, *, attempt: int = 1) -> None:
         self.sequencer = sequencer
         self.topic = topic
         #: Of the running message, as it came.
         self.itinerary = itinerary
         self.messages: list[Outgoing] = []
+        #: Of this execution, for its events: which attempt it is, when it began (milliseconds since the epoch; 0: it
+        #: has not), and where the exception came from that it failed by.
+        self.attempt = attempt
+        self.began = 0
+        self.trace: TracebackInfo | None = None
 
     def send(self, kmsg: Message, topic: str | None, key: str | None, headers: headers.Headers = ()) -> Result:
         target = topic or self.topic
@@ -247,9 +253,10 @@ class Runner:
         """As fail(), without any code of the user's: making its objects, or a hook, is what ends the process."""
         kmsg, topic = work.kmsg, work.record.topic
         task, result = _stand_in(kmsg), results.from_exception(error, kmsg.uuid)
+        outbox = _Outbox(self.sequencer, topic, attempt=work.attempt)
         retry = work.cls.retry if work.cls is not None else None
         if retry is not None and (delay_s := retry.delay_s(work.attempt, error, kmsg.uuid)) is not None:
-            return self._again(work, task, result, delay_s)
+            return self._again(work, task, result, delay_s, outbox)
         nobody: Any = SimpleNamespace(TRANSPORT=self.controller.TRANSPORT, find=lambda _name: None)
         sequencer = Sequencer(nobody, self.sequencer.limit)
         itinerary = work.itinerary
@@ -259,9 +266,9 @@ class Runner:
             consequences = sequencer.task_ended(task, result, itinerary, topic)
         if itinerary is None:
             _number_run(consequences, work)
-        outcome = self._outcome("failed", consequences, _Outbox(self.sequencer, topic))
+        outcome = self._outcome("failed", consequences, outbox)
         outcome.refused = partial(self._task_refused, task, work)
-        self._keep(outcome.records, work.record, kmsg, result, work.attempt)
+        self._keep_failed(outcome.records, work, result)
         return outcome
 
     def abort(self, work: "Work", why: str) -> Outcome:
@@ -272,13 +279,13 @@ class Runner:
         task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
         task.entrypoint = work.kmsg.entrypoint
         result = results.from_exception(AbortedError(f"{work.name} {why}"), work.kmsg.uuid)
-        outbox = _Outbox(self.sequencer, work.record.topic)
+        outbox = _Outbox(self.sequencer, work.record.topic, attempt=work.attempt)
         with context.within(context.Scope(outbox)):
             consequences = self.sequencer.aborted(task, result, work.itinerary)
             if work.itinerary is None:
                 _number_run(consequences, work)
             outcome = self._outcome("abort", consequences, outbox)
-        self._keep(outcome.records, work.record, work.kmsg, result, work.attempt)
+        self._keep_failed(outcome.records, work, result, Status.ABORTED)
         outcome.refused = lambda _error: []
         return outcome
 
@@ -302,7 +309,9 @@ class Runner:
 
     def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
         kmsg = work.kmsg
-        outbox = _Outbox(self.sequencer, work.record.topic, kmsg.metadata.get(METADATA_KEY))
+        outbox = _Outbox(self.sequencer, work.record.topic, kmsg.metadata.get(METADATA_KEY), attempt=work.attempt)
+        control = context.current_control()
+        outbox.began = control.began if control is not None else int(time.time() * 1000)
         scope = context.Scope(outbox)
         token = context._scope.set(scope)
         try:
@@ -345,6 +354,8 @@ class Runner:
                 if wait is not None:
                     return wait
             result = results.from_exception(error or exc, kmsg.uuid)
+            trace = TracebackInfo.from_exception(error or exc)
+            outbox.trace = trace if trace.tells else None
         else:
             if isinstance(entrypoint, Operation):
                 return self._launch(work, entrypoint, outbox)
@@ -352,12 +363,13 @@ class Runner:
             scope.derive_from(entrypoint.uuid)
             entrypoint._control = control
             result = self._execute(entrypoint) if error is None else self._finish(entrypoint, error)
+            outbox.trace = entrypoint._trace
         if task is None:  # nobody's class, or a bare Entrypoint: for the sequence it is a task all the same
             task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
             task.entrypoint = kmsg.entrypoint
         if control is not None and control.again_s is not None and not results.is_success(result):
             outbox.drop()
-            return self._again(work, task, result, control.again_s)
+            return self._again(work, task, result, control.again_s, outbox)
         scope.derive_from(kmsg.uuid, ":hooks")
         result = self.controller._onresult(kmsg, result)
         if not results.is_success(result):
@@ -375,15 +387,13 @@ class Runner:
             return Outcome("done")  # nothing follows from it
         return self._ended(work, task, result, outbox)
 
-    def _again(self, work: Work, task: Task, result: Result, delay_s: float) -> Outcome:
+    def _again(self, work: Work, task: Task, result: Result, delay_s: float, outbox: _Outbox) -> Outcome:
         """Another attempt follows: nothing but an event says that this one failed."""
         note = f"attempt {work.attempt} failed, the next one in {delay_s:.3g} s"
         event = step_event(task, result, work.itinerary)
-        event = event._replace(
-            type=EventType.STEP_RETRYING, status=Status.PENDING, run=work.subject[1], attempt=work.attempt, note=note
-        )
+        event = event._replace(type=EventType.STEP_RETRYING, status=Status.PENDING, run=work.subject[1], note=note)
         refused = partial(self._task_refused, task, work)
-        return Outcome("retry", self._records([], [event]), refused=refused, again_s=delay_s)
+        return Outcome("retry", self._records([], [event], outbox), refused=refused, again_s=delay_s)
 
     def _wait(self, record: Record, kmsg: Message, error: Error) -> Outcome | None:
         """Nobody here can run it; None once it has waited for a worker that can for as long as it may.
@@ -430,10 +440,30 @@ class Runner:
         outcome = self._outcome("done" if results.is_success(result) else "failed", consequences, outbox)
         outcome.refused = partial(self._task_refused, task, work)
         if outcome.kind == "failed":
-            self._keep(outcome.records, work.record, work.kmsg, result, work.attempt)
+            self._keep_failed(outcome.records, work, result)
         else:
             self._keep_failed_end(outcome, consequences, work)
         return outcome
+
+    def _keep_failed(
+        self, records: list[OutRecord], work: Work, result: Result, status: str = Status.FAILED
+    ) -> None:
+        """Add the dead letter of a message whose task failed for good or was aborted, and the event that tells of it."""
+        itinerary, kmsg = work.itinerary, work.kmsg
+        inside = itinerary is not None and bool(itinerary.frames)
+        launches = work.cls is not None and issubclass(work.cls, Operation)
+        event = Event(
+            type=EventType.MESSAGE_DEAD_LETTERED,
+            uuid=kmsg.uuid,
+            entrypoint=kmsg.entrypoint,
+            operation=itinerary.root.uuid if inside and itinerary else kmsg.uuid if launches else None,
+            parent=itinerary.innermost.uuid if inside and itinerary else None,
+            run=work.subject[1],
+            position=itinerary.position if itinerary is not None else 0,
+            status=status,
+            attempt=work.attempt,
+        )
+        self._keep(records, work.record, kmsg, result, event)
 
     def _keep_failed_end(self, outcome: Outcome, consequences: Consequences, work: Work) -> None:
         """Add the dead letter of a message whose task went well, when the operation around it failed all the same.
@@ -442,27 +472,30 @@ class Runner:
         """
         for event in consequences.events:
             if event.type == EventType.OPERATION_ENDED and event.status == Status.FAILED:
-                self._keep(outcome.records, work.record, work.kmsg, event.result or work.kmsg.result, work.attempt)
+                kept = event._replace(type=EventType.MESSAGE_DEAD_LETTERED, result=None, attempt=work.attempt)
+                self._keep(outcome.records, work.record, work.kmsg, event.result or work.kmsg.result, kept)
                 return
 
     def _keep(
-        self, records: list[OutRecord], record: Record, kmsg: Message | None, result: Result, attempt: int = 1
+        self, records: list[OutRecord], record: Record, kmsg: Message | None, result: Result, event: Event
     ) -> None:
-        """Add the dead letter of a message that failed for good."""
-        if self._dead_topic is not None:
-            records.append(
-                dead_letter(
-                    record,
-                    self._dead_topic,
-                    error=result,
-                    kmsg=kmsg,
-                    attempt=attempt,
-                    group=self._group.decode(),
-                    worker=self.worker,
-                    now_ms=int(time.time() * 1000),
-                    max_bytes=max(MAX_BYTES, self.sequencer.limit + _ROOM_BYTES),
-                )
+        """Add the dead letter of a record, and the event that tells of it."""
+        if self._dead_topic is None:
+            return
+        records.append(
+            dead_letter(
+                record,
+                self._dead_topic,
+                error=result,
+                kmsg=kmsg,
+                attempt=event.attempt,
+                group=self._group.decode(),
+                worker=self.worker,
+                now_ms=int(time.time() * 1000),
+                max_bytes=max(MAX_BYTES, self.sequencer.limit + _ROOM_BYTES),
             )
+        )
+        records += self._records([], [event._replace(note=f"kept in {self._dead_topic}")])
 
     def _launch(self, work: Work, operation: Operation, outbox: _Outbox) -> Outcome:
         itinerary, topic = work.itinerary, work.record.topic
@@ -476,7 +509,7 @@ class Runner:
             lambda failure: self.sequencer.operation_refused(operation, failure, itinerary, topic),
         )
         if outcome.kind == "failed":
-            self._keep(outcome.records, work.record, work.kmsg, operation.result, work.attempt)
+            self._keep_failed(outcome.records, work, operation.result)
         return outcome
 
     def _dispatch(self, kmsg: Message) -> Entrypoint:
@@ -497,6 +530,7 @@ class Runner:
     def _finish(self, task: Entrypoint, error: BaseException) -> Result:
         """The failed Result of a task, after its onerror()."""
         failure = results.from_exception(error, task.uuid)
+        task._trace_back(error)
         try:
             return task._finish(failure)
         except BaseException:
@@ -519,11 +553,11 @@ class Runner:
     def _refused(self, error: Error, work: Work, consequences: Callable[[Result], Consequences]) -> list[OutRecord]:
         """What is sent instead of records that the broker refused for good: what follows from a failure."""
         logger.error("What follows from %s was refused by the broker: %s", work.name, error.message)
-        outbox = _Outbox(self.sequencer, work.record.topic)
+        outbox = _Outbox(self.sequencer, work.record.topic, attempt=work.attempt)
         failure = results.from_exception(error, work.kmsg.uuid)
         with context.within(context.Scope(outbox)):
             records = self._outcome("failed", consequences(failure), outbox).records
-        self._keep(records, work.record, work.kmsg, failure, work.attempt)
+        self._keep_failed(records, work, failure)
         return records
 
     def _reject(self, record: Record, result: Result, kmsg: Message | None) -> Outcome:
@@ -537,17 +571,19 @@ class Runner:
             note=f"record {where}",
         )
         outcome = Outcome("rejected", self._records([], [event]))
-        self._keep(outcome.records, record, kmsg, result)
+        kept = event._replace(type=EventType.MESSAGE_DEAD_LETTERED, result=None)
+        self._keep(outcome.records, record, kmsg, result, kept)
         return outcome
 
     def _outcome(self, kind: str, consequences: Consequences, outbox: _Outbox) -> Outcome:
         return Outcome(
             kind,
-            self._records([*outbox.messages, *consequences.messages], consequences.events),
+            self._records([*outbox.messages, *consequences.messages], consequences.events, outbox),
             ahead=len(outbox.messages),
         )
 
-    def _records(self, messages: list[Outgoing], events: list[Event]) -> list[OutRecord]:
+    def _records(self, messages: list[Outgoing], events: list[Event], of: _Outbox | None = None) -> list[OutRecord]:
+        """These as records to send; ``of``: the execution that the events tell of."""
         own = self._headers
         records = (
             [OutRecord(m.topic, key_bytes(m.key), m.value, (*own, *m.headers) if m.headers else own) for m in messages]
@@ -556,7 +592,10 @@ class Runner:
         )
         if self._events_topic is not None:
             for event in events:
-                value = event.to_bytes(self.worker)
+                if of is None:
+                    value = event.to_bytes(self.worker)
+                else:
+                    value = event.to_bytes(self.worker, attempt=of.attempt, began=of.began, trace=of.trace)
                 records.append(OutRecord(self._events_topic, key_bytes(event.key), value, self._headers))
         return records
 

@@ -11,6 +11,7 @@ from kser.control import control_topic
 from kser.errors import ConfigurationError
 from kser.events import events_topic
 from kser.producer import max_message_bytes
+from kser.telemetry import telemetry_topic
 from kser.transport import TopicInfo, TopicSpec
 from kser.transport.names import is_topic_name
 
@@ -57,7 +58,7 @@ class Feature(StrEnum):
 
 
 #: What workers do today: they make and need these topics, and nothing that is wrong with another stops them.
-WORKER_FEATURES: Final = frozenset(Feature) - {Feature.TELEMETRY}
+WORKER_FEATURES: Final = frozenset(Feature)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +119,7 @@ KINDS: Final[Sequence[Kind]] = (
         least_ms=_WEEK_MS,
     ),
     Kind(
-        pattern="{group}.telemetry",
+        pattern=telemetry_topic("{group}"),
         feature=Feature.TELEMETRY,
         partitions="chosen",
         retention_ms=_WEEK_MS,

@@ -8,10 +8,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Final, Literal, get_args
 
-from kser import loading
+from kser import loading, loghandler
 from kser.control import WorkerNote, control_topic
 from kser.controller import Controller
 from kser.errors import ConfigurationError, TransportError
@@ -30,15 +30,24 @@ from kser.worker.relay import Relay
 from kser.worker.runner import Runner
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.slots import take_slot
+from kser.worker.telemetry import TelemetrySender
 from kser.worker.topic_plan import WORKER_FEATURES, Feature
 from kser.worker.topics import ensure_group_topics
 
-__all__ = ["Delivery", "LostOffset", "Worker"]
+__all__ = ["Delivery", "Events", "LostOffset", "Worker"]
 
 logger = logging.getLogger(__name__)
 
 Delivery = Literal["exactly_once", "at_least_once"]
 LostOffset = Literal["stop", "earliest", "latest"]
+Events = Literal["none", "sequence", "all"]
+
+#: The topics that each of these needs beside the others.
+_TOLD_IN: Final[dict[str, frozenset[Feature]]] = {
+    "none": frozenset(),
+    "sequence": frozenset({Feature.EVENTS}),
+    "all": frozenset({Feature.EVENTS, Feature.TELEMETRY}),
+}
 
 #: How long a busy thread keeps the GIL while others want it, in seconds.
 _TURN_S: Final = 0.0005
@@ -75,6 +84,8 @@ _SETTINGS: Final = (
     "control",
     "health_host",
 )
+#: Longest wait for the last telemetry, in seconds.
+_TELEMETRY_END_S: Final = 5.0
 #: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
 _EMBEDDED: Final = "mockCluster"
 
@@ -109,7 +120,8 @@ class Worker:
         on_lost_offset: what to do when the committed offset does not exist any more: "stop", or go on at the
             "earliest" or "latest" message there is.
         create_topics: make the group's topics when they are missing; else refuse to start.
-        events: False to emit no events.
+        events: what is told: "none"; "sequence": what became of operations and tasks, in ``{group}.events``; "all":
+            also what goes on, in ``{group}.telemetry``: tasks that run, their progress and log lines, and this worker.
         wait_s: seconds that a message which this worker cannot run waits for one that can before it fails, while a new
             release is rolled out. It is looked at again every 10 s.
         relay: also move delayed messages back to their topics when they are due. At least one worker of the group has
@@ -145,7 +157,7 @@ class Worker:
         settle_limit_s: float = 20,
         on_lost_offset: LostOffset = "stop",
         create_topics: bool = True,
-        events: bool = True,
+        events: Events = "all",
         wait_s: float = 900,
         relay: bool = True,
         control: bool = True,
@@ -163,6 +175,7 @@ class Worker:
             raise ConfigurationError("No broker: give config={'bootstrap.servers': 'host:port'}")
         _one_of("delivery", delivery, (*get_args(Delivery), None))
         _one_of("ordering", ordering, get_args(Ordering))
+        _one_of("events", events, get_args(Events))
         _one_of("on_lost_offset", on_lost_offset, get_args(LostOffset))
         _at_least(1, concurrency=concurrency, coroutines=coroutines, isolated=isolated, max_in_flight=max_in_flight)
         _at_least(1, processes=processes)
@@ -196,7 +209,7 @@ class Worker:
         self.settle_limit_s = settle_limit_s
         self.on_lost_offset: LostOffset = on_lost_offset
         self.create_topics = create_topics
-        self.events = events
+        self.events: Events = events
         self.wait_s = wait_s
         self.relay = relay
         self.control = control
@@ -252,7 +265,7 @@ class Worker:
             self.group,
             self.topics,
             create=self.create_topics,
-            features=WORKER_FEATURES if self.events else WORKER_FEATURES - {Feature.EVENTS},
+            features=(WORKER_FEATURES - _TOLD_IN["all"]) | _TOLD_IN[self.events],
             servers=self._config.get("bootstrap.servers"),
         )
         limit = max_message_bytes()
@@ -262,13 +275,14 @@ class Worker:
                 "group": self.group,
                 "worker": self.name,
                 "limit": limit,
-                "events": self.events,
+                "events": self.events != "none",
                 "dead_letters": True,
                 "wait_s": self.wait_s,
             }
             runner = Runner(self.controller, **settings)
             pool = self._pool(settings)
             health = None
+            telemetry = TelemetrySender(self, transport) if self.events == "all" else None
             try:
                 if self.control:
                     self._watch = ControlWatch(transport, self.group, note=self._note)
@@ -276,7 +290,18 @@ class Worker:
                     self._watch.start()
                     if not self._is_told(self._watch):
                         return
-                self._loop = Loop(self, transport, runner, delivery, pool, static=self._static, watch=self._watch)
+                self._loop = Loop(
+                    self,
+                    transport,
+                    runner,
+                    delivery,
+                    pool,
+                    static=self._static,
+                    watch=self._watch,
+                    telemetry=telemetry,
+                )
+                if telemetry is not None:
+                    telemetry.start()
                 if self.health_port is not None:
                     health = HealthServer(self.health_port, self.status, self.health_host)
                     health.start()
@@ -291,7 +316,8 @@ class Worker:
                         aborted=aborted,
                     )
                     self._relay.start()
-                with _tuned():
+                logs = loghandler.installed() if telemetry is not None else nullcontext()
+                with _tuned(), logs:
                     self._loop.run(until_idle=until_idle)
             finally:
                 self.drains()
@@ -301,6 +327,8 @@ class Worker:
                     logger.warning("The relay of delayed messages did not end within 10 s and is left behind")
                 if health is not None:
                     health.stop()
+                if telemetry is not None and not telemetry.stop(_TELEMETRY_END_S):
+                    logger.warning("The producer of telemetry did not end in time and is left behind")
                 if pool is not None:
                     pool.stop(5)
 
@@ -354,6 +382,11 @@ class Worker:
         if self._relay is not None:
             self._relay.stop(0)
 
+    @property
+    def state(self) -> str:
+        """Where it stands: "starting", "running" or "draining". From any thread."""
+        return self._loop.state if self._loop is not None else "starting"
+
     def status(self) -> HealthStatus:
         """How it is doing. From any thread."""
         if self._loop is None:
@@ -384,7 +417,7 @@ class Worker:
         """The children for isolated tasks, and for those that may have crashed a worker."""
         try:
             location = self._location or loading.location_of(self._registry)
-            return IsolatedPool(location, self.isolated, settings=settings)
+            return IsolatedPool(location, self.isolated, settings=settings, reports=self.events == "all")
         except ConfigurationError:
             if any(cls.isolate for cls in self.controller.ENTRYPOINTS.values()):
                 raise

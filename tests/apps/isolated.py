@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from kser import Operation, OperationRegistry, Result, Task
+from kser.progress import report_progress
 
 registry = OperationRegistry(topic="work")
 logger = logging.getLogger("tests.isolated")
@@ -133,6 +134,25 @@ class Loud(Task):
             raise ZeroDivisionError
         except ZeroDivisionError:
             logger.exception("it failed")
+
+
+@registry.subscribe(name="iso.Tells", isolate=True)
+class Tells(Task):
+    """Tells how far it is, logs, and fails three calls deep."""
+
+    def run(self):
+        for n in range(500):
+            report_progress("rows::read", n + 1, 500, f"row {n}")
+        try:
+            raise ZeroDivisionError("kept")
+        except ZeroDivisionError:
+            logger.exception("it failed")
+        self.log("half of %s", logging.WARNING, "it")
+        self.deep(password="hunter2hunter2")
+
+    def deep(self, password):
+        order = "A7"
+        raise ValueError(f"no {order}")
 
 
 @registry.subscribe(name="iso.Sees", isolate=True)

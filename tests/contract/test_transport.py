@@ -796,6 +796,33 @@ def test_read_of_a_partition_that_does_not_exist_is_refused(broker: Broker):
             everything_in(broker, partition, timeout_s=1)
 
 
+def test_read_begins_where_it_is_told_to(broker: Broker):
+    topic = broker.make_topic(2)
+    for partition in range(2):
+        broker.send(topic, b"0", b"1", b"2", partition=partition)
+    zero, one = Partition(topic, 0), Partition(topic, 1)
+    for starts, wanted in (({zero: 2}, [b"2"]), ({zero: 0}, [b"0", b"1", b"2"]), ({zero: 3}, []), ({zero: 9}, [])):
+        found = [r for batch in broker.transport.read([zero, one], 20, starts=starts) for r in batch]
+        assert [r.value for r in found if r.of == zero] == wanted
+        assert [r.value for r in found if r.of == one] == [b"0", b"1", b"2"]
+
+
+def test_offsets_at_a_time_are_those_of_the_first_records_written_then(broker: Broker):
+    topic = broker.make_topic(2)
+    zero, one = Partition(topic, 0), Partition(topic, 1)
+    broker.send(topic, b"old", partition=0)
+    eventually(lambda: everything_in(broker, zero))
+    [old] = everything_in(broker, zero)
+    broker.send(topic, b"new", partition=0)
+    admin = broker.transport.admin()
+    found = admin.offsets_at([zero, one], old.timestamp_ms)
+    assert found == {zero: 0, one: 0}
+    later = admin.offsets_at([zero, one], old.timestamp_ms + 3_600_000)
+    assert later == ({zero: 0, one: 0} if broker.name == "embedded" else {zero: 2, one: 0})
+    with pytest.raises(TransportError):
+        admin.offsets_at([Partition(topic, 7)], 0, timeout_s=1)
+
+
 def test_a_read_that_is_not_read_to_its_end_can_be_closed(broker: Broker):
     topic = broker.make_topic()
     broker.send(topic, b"v")

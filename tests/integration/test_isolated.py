@@ -20,10 +20,14 @@ import pytest
 
 from kser import ConfigurationError, Message, Worker, headers
 from kser.confluent.producer import Producer
+from kser.context import Control
 from kser.errors import AbortedError, TaskCrashedError, TaskTimeoutError
-from kser.events import Event, OperationView, read
+from kser.events import Event, EventType, OperationView, read
 from kser.loading import load
+from kser.masking import MASK
 from kser.producer import BaseProducer
+from kser.telemetry import TaskLog, TaskProgress, WorkerState
+from kser.telemetry import read as read_telemetry
 from kser.transport import Record, TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker.pool import IsolatedPool, location_of
@@ -117,7 +121,8 @@ def test_an_outcome_is_the_one_it_would_have_been_here(pool, made, headers):
 def shown(out):
     """What a record says, without what may differ from one process to another and from one moment to the next."""
     value = json.loads(out.value)
-    value.pop("at", None)
+    for name in ("at", "began", "trace"):
+        value.pop(name, None)
     for key in ("pid", "error"):
         (value.get("result") or {}).get("retval", {}).pop(key, None)
     return value
@@ -154,7 +159,12 @@ def test_children_compute_side_by_side(pool, threads):
 
 def test_heartbeats_of_the_task_come_through(pool):
     beats = []
-    pool.run(record("iso.Beats", count=30), 20, never, lambda: beats.append(time.monotonic()))
+
+    class Counting(Control):
+        def beat(self):
+            beats.append(time.monotonic())
+
+    pool.run(record("iso.Beats", count=30), 20, never, Counting())
     assert 3 <= len(beats) <= 30
 
 
@@ -374,6 +384,31 @@ def test_a_worker_runs_isolated_tasks_and_what_becomes_of_them_is_as_always(tran
     assert "took longer than its timeout of 1 s" in view(transport, hurried).result.stderr
     assert gone(*told(tmp_path / "tell"))
     assert set(children_of(os.getpid())) <= before
+
+
+def test_what_an_isolated_task_tells_is_told_as_by_any_other(transport):
+    task = send(transport, "iso.Tells")
+    running = Worker(isolated.registry, topics=["work"], group="g", transport=transport, isolated=1)
+    runner = threading.Thread(target=running.run, daemon=True)
+    runner.start()
+    wait_for(lambda: view(transport, task).ended, 30, "its end")
+    running.stop()
+    runner.join(20)
+    records = [told for told in read_telemetry(transport.records("g.telemetry")) if not isinstance(told, WorkerState)]
+    assert {told.task.uuid for told in records} == {task}
+    [*_, last] = [told for told in records if isinstance(told, TaskProgress)]
+    assert (last.group, last.current, last.total, last.status_line) == (("rows", "read"), 500, 500, "row 499")
+    logged, said = [told for told in records if isinstance(told, TaskLog)]
+    assert (logged.message, logged.logger, logged.exception) == (
+        "it failed",
+        "tests.isolated",
+        "ZeroDivisionError: kept",
+    )
+    assert said.message == f"Tells.RUNNING: iso.Tells[{task}]: half of it"
+    [failed] = [event for event in read(transport.records("g.events")) if event.type == EventType.STEP_FAILED]
+    assert [frame.function for frame in failed.trace.frames] == ["Tells.run", "Tells.deep"]
+    assert failed.trace.frames[1].locals["order"] == "'A7'"
+    assert failed.trace.frames[1].locals["password"] == MASK
 
 
 # -- programs --------------------------------------------------------------------------------------------------------

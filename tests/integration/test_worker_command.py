@@ -92,7 +92,7 @@ OPTIONS = [
     ("--max-in-flight", "9", "max_in_flight", 9, 4000),
     ("--max-bytes", "2MiB", "max_bytes", 2 * 1024**2, 64 * 1024**2),
     ("--max-poll-records", "7", "max_poll_records", 7, 500),
-    ("--events", "none", "events", False, True),
+    ("--events", "none", "events", "none", "all"),
     ("--wait", "60.5", "wait_s", 60.5, 900),
 ]
 
@@ -138,7 +138,7 @@ def test_help_names_every_option_with_its_variable_and_the_exit_codes():
         (["--ordering", "fifo"], "'fifo' is not one of 'key', 'partition', 'none'"),
         (["--on-lost-offset", "guess"], "'guess' is not one of 'stop', 'earliest', 'latest'"),
         (["--group-protocol", "kip848"], "'kip848' is not one of 'classic', 'consumer'"),
-        (["--events", "all"], "'all' is not one of 'sequence', 'none'"),
+        (["--events", "some"], "'some' is not one of 'none', 'sequence', 'all'"),
         (["--name", "a;b"], "name='a;b': give a text without a semicolon"),
         (["--health", "65530", "--processes", "9"], "process 6 would have port 65536"),
     ],

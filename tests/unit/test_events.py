@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kser import Result, ValidationError
 from kser.events import MAX_BYTES, Event, EventType, OperationView, events_topic, follow, read
 from kser.results import dump
+from kser.tracebacks import TracebackInfo
 from kser.transport import Record
 
 STARTED, DONE, FAILED, ENDED = (
@@ -95,6 +96,9 @@ values = st.recursive(
         note=text,
         at=st.integers(1, 2**45),
         worker=text,
+        attempt=st.integers(1, 9),
+        began=st.integers(0, 2**45),
+        trace=st.none() | st.builds(TracebackInfo, exception=text, cut=st.just(0), cause=st.none(), how=st.just("")),
     )
 )
 @settings(deadline=None)

@@ -44,7 +44,7 @@ def get(port, path, method="GET"):
 
 
 def test_a_worker_that_turns_and_has_room_is_alive_and_ready(serve):
-    port = serve(HealthStatus(worker="w", group="g", free_executors=3, partitions=2))
+    port = serve(HealthStatus(worker="w", group="g", free_executors=3, assigned={"shop": [0, 3]}))
     for path in ("/healthz", "/readyz", "/readyz/", "/healthz?verbose=1"):
         code, body = get(port, path)
         said = json.loads(body)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kser.masking import MASK, looks_secret, mask
+from kser.masking import MASK, looks_secret, mask, mask_text
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,19 @@ def test_a_secret_is_never_in_what_is_shown(params, secret):
     assert "\x00" + secret + "\x00" not in str(shown["deep"])
     assert shown["deep"] == [{"api_token": MASK}]
     assert set(shown) == set(params) | {"deep"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("login failed: password=hunter2, user=ann", "login failed: password=********, user=ann"),
+        ("{'api_key': 'abc def', 'n': 1}", "{'api_key': ********, 'n': 1}"),
+        ('{"token": "abc', '{"token": ********'),
+        ("GET https://ann:hunter2@host/x?token=1&a=2", "GET https://ann:********@host/x?token=********&a=2"),
+        ("authorization: Bearer abc.def\nnext", "authorization: ********\nnext"),
+        ("KeyError: 'password'", "KeyError: 'password'"),
+        ("no secret, a=1, {'b': 2}", "no secret, a=1, {'b': 2}"),
+    ],
+)
+def test_what_is_written_beside_secret_names_is_not_shown(text, shown):
+    assert mask_text(text) == shown

@@ -345,7 +345,7 @@ def test_what_workers_do_not_use_is_never_an_error(kafka):
 def test_missing_topics_have_the_command_that_makes_them():
     found = check_topics(FakeKafka(), plan({"shop": 12, "mails": None}, replication=3, servers="k:9092"))
     assert [f.topic for f in found if f.level == "error"] == [
-        *("shop", "mails", "g.events", "g.control", "g.state.shop", "g.state.mails", "g.dlq"),
+        *("shop", "mails", "g.events", "g.telemetry", "g.control", "g.state.shop", "g.state.mails", "g.dlq"),
         *(f"g.retry.{tier}" for tier in TIERS),
     ]
     assert {f.finding for f in found} == {"does not exist"}
@@ -378,9 +378,10 @@ def test_partitions_are_added_only_where_no_state_is_tied_to_their_number(kafka,
 
 
 def test_a_chosen_number_for_the_groups_topics_can_be_said_too(kafka):
-    [found] = [f for f in check_topics(kafka, plan({"shop": 6}, partitions=3)) if f.level == "error"]
-    assert (found.topic, found.finding) == ("g.events", "6 partitions, expected 3")
-    assert found.cure == "kser topics check --group g --topics shop:6 --partitions 6"
+    found = [f for f in check_topics(kafka, plan({"shop": 6}, partitions=3)) if f.level == "error"]
+    assert [f.topic for f in found] == ["g.events", "g.telemetry"]
+    assert {f.finding for f in found} == {"6 partitions, expected 3"}
+    assert {f.cure for f in found} == {"kser topics check --group g --topics shop:6 --partitions 6"}
 
 
 def test_a_broker_that_tells_no_settings_is_judged_by_partitions_and_replicas():
@@ -421,12 +422,12 @@ def test_a_worker_makes_what_its_features_need_and_logs_it(caplog):
     kafka.have("shop", 12, 3, retention_ms="-1", min_insync_replicas="2")
     with caplog.at_level(logging.INFO, "kser.worker.topics"):
         ensure_group_topics(kafka, "g", ["shop"])
-    made = ["g.events", "g.control", "g.state.shop", "g.dlq", *(f"g.retry.{tier}" for tier in TIERS)]
+    made = ["g.events", "g.telemetry", "g.control", "g.state.shop", "g.dlq", *(f"g.retry.{tier}" for tier in TIERS)]
     assert kafka.orders == [made]
     line, *others = caplog.messages
     assert len(others) == len(made) - 1
     assert line.startswith("Topic g.events created: 6 partitions, cleanup.policy=delete, retention.ms=2592000000")
-    assert {kafka.topics[name].partitions for name in made if name not in ("g.events", "g.control")} == {12}
+    assert {kafka.topics[name].partitions for name in made if name not in made[:3]} == {12}
     assert max(kafka.limits) <= 30  # one creation; a question 10
 
 
@@ -443,8 +444,8 @@ def test_a_worker_that_may_create_nothing_refuses_and_names_what_is_missing():
     with pytest.raises(ConfigurationError) as caught:
         ensure_group_topics(kafka, "g", ["shop"], create=False, servers="k:9092")
     assert caught.value.message == (
-        "Topics of group g are missing: g.events, g.control, g.state.shop, g.dlq, g.retry.10s, g.retry.1m, "
-        "g.retry.10m, g.retry.1h. Create them with: "
+        "Topics of group g are missing: g.events, g.telemetry, g.control, g.state.shop, g.dlq, g.retry.10s, "
+        "g.retry.1m, g.retry.10m, g.retry.1h. Create them with: "
         "kser topics create --group g --topics shop --bootstrap-servers k:9092"
     )
     assert kafka.orders == []
@@ -478,7 +479,7 @@ def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_one_answer_t
 def test_patterns_of_topics_are_passed_over():
     kafka = FakeKafka()
     ensure_group_topics(kafka, "g", ["^orders[.].*"])
-    assert kafka.orders == [["g.events", "g.control", "g.dlq", *(f"g.retry.{tier}" for tier in TIERS)]]
+    assert kafka.orders == [["g.events", "g.telemetry", "g.control", "g.dlq", *(f"g.retry.{tier}" for tier in TIERS)]]
 
 
 def test_a_worker_refuses_what_loses_messages_and_says_all_of_it(kafka):

@@ -1,0 +1,405 @@
+"""TracebackInfo: a traceback as data, with the code around each line and the local variables.
+
+It is made while the frames are still there, keeps none of them, and goes into JSON and back. What looks secret is
+masked when it is made.
+"""
+
+import functools
+import itertools
+import json
+import linecache
+import os
+import re
+import sys
+import traceback
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, Self
+
+from kser.errors import ValidationError
+from kser.masking import EXTRA_WORDS_VARIABLE, MASK, looks_secret, mask_text
+
+__all__ = ["FrameInfo", "TracebackInfo"]
+
+#: Lines of code before and after the one that was being run.
+CONTEXT: Final = 5
+#: Longest repr of a local variable, in characters.
+MAX_REPR: Final = 1024
+#: Of more frames than these the ones in the middle are left out: a recursion without end has a thousand.
+_FIRST: Final = 10
+_LAST: Final = 40
+_MAX_LOCALS: Final = 50
+_MAX_LINE: Final = 500
+_MAX_TEXT: Final = 4096
+#: Causes of causes that are kept.
+_MAX_CAUSES: Final = 5
+#: Entries of a container, and levels of nesting, that are shown.
+_MAX_ENTRIES: Final = 100
+_MAX_DEPTH: Final = 6
+#: A masked value that is shorter is not looked for in other texts: it may be a part of many words.
+_MIN_SECRET: Final = 6
+_HOW: Final = {
+    "cause": "The above exception was the direct cause of the following exception:",
+    "context": "During handling of the above exception, another exception occurred:",
+}
+#: ``password = "x"`` and ``password: str = "x"`` in code.
+_CODE: Final = re.compile(r"""(?P<name>\w+)(?P<between>\s*(?::[^=]*)?=\s*\w{0,2})(?P<text>(?P<q>["']).*)""")
+
+
+@dataclass(frozen=True, slots=True)
+class FrameInfo:
+    """One call."""
+
+    filename: str
+    lineno: int
+    function: str
+    #: The line of code, and those around it, as they are in the file; "" and () when it cannot be read.
+    line: str = ""
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    #: Name -> repr() of each local variable, MAX_REPR characters of it at most.
+    locals: Mapping[str, str] = field(default_factory=dict)
+
+    def dump(self) -> dict[str, Any]:
+        """The frame as JSON data."""
+        return {
+            "filename": self.filename,
+            "lineno": self.lineno,
+            "function": self.function,
+            "line": self.line,
+            "before": list(self.before),
+            "after": list(self.after),
+            "locals": dict(self.locals),
+        }
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> Self:
+        """The frame in what dump() gave. Raises KeyError and TypeError for what is none."""
+        return cls(
+            str(data["filename"]),
+            int(data["lineno"]),
+            str(data["function"]),
+            str(data.get("line", "")),
+            tuple(map(str, data.get("before", ()))),
+            tuple(map(str, data.get("after", ()))),
+            {str(name): str(value) for name, value in data.get("locals", {}).items()},
+        )
+
+    def format(self, *, context: bool, variables: bool) -> Iterator[str]:
+        """The lines of it."""
+        yield f'  File "{self.filename}", line {self.lineno}, in {self.function}'
+        if context and (self.before or self.after):
+            around = [*self.before, self.line, *self.after]
+            width = len(str(self.lineno + len(self.after)))
+            for number, code in enumerate(around, self.lineno - len(self.before)):
+                mark = ">" if number == self.lineno else " "
+                yield f"    {mark} {number:{width}}  {code}".rstrip()
+        elif self.line:
+            yield f"    {self.line.strip()}"
+        if variables:
+            for name, value in self.locals.items():
+                yield f"      {name} = {value}"
+
+
+@dataclass(frozen=True, slots=True)
+class TracebackInfo:
+    """A traceback, and the exception at its end.
+
+    Frames of kser before the first one of other code are left out: they are the same for each task, and tell nothing.
+    """
+
+    #: Outermost first.
+    frames: tuple[FrameInfo, ...] = ()
+    #: The exception as Python shows it, ``ValueError: no``; "" when there is only a traceback.
+    exception: str = ""
+    #: The name of its class.
+    type: str = ""
+    #: How many frames in the middle were left out.
+    cut: int = 0
+    #: What it came from, and how: "cause" (``raise ... from``) or "context" (while that was being handled).
+    cause: "TracebackInfo | None" = None
+    how: Literal["", "cause", "context"] = ""
+
+    # -- made ----------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_current_exc(cls) -> "TracebackInfo":
+        """Of the exception that is being handled. Raises ValidationError when there is none."""
+        exc = sys.exception()
+        if exc is None:
+            raise ValidationError("No exception is being handled: call from_current_exc() in an except block")
+        return cls.from_exception(exc)
+
+    @classmethod
+    def from_tb(cls, tb: types.TracebackType | None) -> "TracebackInfo":
+        """Of a traceback alone. Never raises."""
+        secrets: set[str] = set()
+        return _hidden(_made(None, tb, secrets), secrets)
+
+    @classmethod
+    def from_exception(cls, exc: BaseException) -> "TracebackInfo":
+        """Of an exception, with what caused it. Never raises, whatever the exception and the variables are."""
+        secrets: set[str] = set()
+        return _hidden(_with_causes(exc, secrets), secrets)
+
+    @property
+    def tells(self) -> bool:
+        """False when only kser's own code was at work: the text of its error says all."""
+        return bool(self.frames) or self.cause is not None
+
+    def fitted(self, max_bytes: int) -> "TracebackInfo":
+        """The same in at most so many bytes of JSON (16 KiB or more): what says least is left out first."""
+        least = replace(self._only(0, context=False), cause=None, how="")
+        for info in (self, self._only(5), self._only(1), least):
+            if len(json.dumps(info.dump(), separators=(",", ":"))) <= max_bytes:
+                return info
+        kept = self.frames[-5:]
+        bare = tuple(FrameInfo(f.filename[-200:], f.lineno, f.function[:100], f.line[:100]) for f in kept)
+        left_out = self.cut + len(self.frames) - len(kept)
+        return TracebackInfo(bare, self.exception[:500], self.type[:100], left_out)
+
+    def _only(self, last: int, *, context: bool = True) -> "TracebackInfo":
+        """Only the ``last`` frames have variables, and the code around them."""
+        at = len(self.frames) - last
+        frames = tuple(
+            frame if n >= at else FrameInfo(frame.filename, frame.lineno, frame.function, frame.line)
+            for n, frame in enumerate(self.frames)
+        )
+        if not context:
+            frames = frames[-_LAST:]
+        cause = self.cause._only(last, context=context) if self.cause is not None else None
+        return replace(self, frames=frames, cut=self.cut + len(self.frames) - len(frames), cause=cause)
+
+    # -- as data -------------------------------------------------------------------------------------------------------
+
+    def dump(self) -> dict[str, Any]:
+        """JSON data: exception, type, frames, and where they are not empty cut, cause and how."""
+        data: dict[str, Any] = {
+            "exception": self.exception,
+            "type": self.type,
+            "frames": [frame.dump() for frame in self.frames],
+        }
+        if self.cut:
+            data["cut"] = self.cut
+        if self.cause is not None:
+            data |= {"cause": self.cause.dump(), "how": self.how}
+        return data
+
+    @classmethod
+    def load(cls, data: Any) -> "TracebackInfo":
+        """What dump() gave. Raises ValidationError when it is something else."""
+        try:
+            cause, how = data.get("cause"), data.get("how", "")
+            return cls(
+                frames=tuple(FrameInfo.load(frame) for frame in data["frames"]),
+                exception=str(data["exception"]),
+                type=str(data.get("type", "")),
+                cut=int(data.get("cut", 0)),
+                cause=cls.load(cause) if cause is not None else None,
+                how=how if how in _HOW else "",
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as exc:
+            raise ValidationError(f"Not a traceback of kser: {exc!r}") from None
+
+    # -- as text -------------------------------------------------------------------------------------------------------
+
+    def format(self, *, context: bool = True, variables: bool = True) -> str:
+        """The text of it, as Python's own but with the code around each line and the variables unless not wanted."""
+        lines: list[str] = []
+        if self.cause is not None:
+            lines += [self.cause.format(context=context, variables=variables), "", _HOW.get(self.how, ""), ""]
+        lines.append("Traceback (most recent call last):")
+        for n, frame in enumerate(self.frames):
+            if self.cut and n == min(_FIRST, len(self.frames) // 2):
+                lines.append(f"  ... {self.cut} more ...")
+            lines += frame.format(context=context, variables=variables)
+        if self.exception:
+            lines.append(self.exception)
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.format()
+
+
+# -- inside ------------------------------------------------------------------------------------------------------------
+
+
+def _with_causes(exc: BaseException, secrets: set[str]) -> TracebackInfo:
+    """Of the exception and of what it came from, each once."""
+    chain: list[tuple[BaseException, Literal["", "cause", "context"]]] = []
+    following: BaseException | None = exc
+    how: Literal["", "cause", "context"] = ""
+    while following is not None and len(chain) <= _MAX_CAUSES and all(following is not seen for seen, _ in chain):
+        chain.append((following, how))
+        if following.__cause__ is not None:
+            following, how = following.__cause__, "cause"
+        else:
+            following, how = (None if following.__suppress_context__ else following.__context__), "context"
+    info: TracebackInfo | None = None
+    came: Literal["", "cause", "context"] = ""
+    for one, leads in reversed(chain):
+        info = replace(_made(one, one.__traceback__, secrets), cause=info, how=came)
+        came = leads
+    assert info is not None
+    return info
+
+
+def _made(exc: BaseException | None, tb: types.TracebackType | None, secrets: set[str]) -> TracebackInfo:
+    found = list(traceback.walk_tb(tb))
+    outside = next((n for n, (frame, _) in enumerate(found) if not _is_ours(frame)), len(found))
+    found = found[outside:]
+    cut = max(len(found) - _FIRST - _LAST, 0)
+    if cut:
+        found = found[:_FIRST] + found[-_LAST:]
+    for filename in {frame.f_code.co_filename for frame, _ in found}:
+        linecache.checkcache(filename)
+    return TracebackInfo(
+        frames=tuple(_frame(frame, lineno or 0, secrets) for frame, lineno in found),
+        exception=_text(exc) if exc is not None else "",
+        type=type(exc).__name__ if exc is not None else "",
+        cut=cut,
+    )
+
+
+def _is_ours(frame: types.FrameType) -> bool:
+    name = frame.f_globals.get("__name__")
+    return isinstance(name, str) and (name == "kser" or name.startswith("kser."))
+
+
+def _text(exc: BaseException) -> str:
+    try:
+        text = "".join(traceback.format_exception_only(exc)).rstrip("\n")
+    except Exception:  # noqa: BLE001 - user code: an exception that cannot even say what it is
+        text = type(exc).__name__
+    return mask_text(_trimmed(text, _MAX_TEXT))
+
+
+def _frame(frame: types.FrameType, lineno: int, secrets: set[str]) -> FrameInfo:
+    code = frame.f_code
+    lines = linecache.getlines(code.co_filename, frame.f_globals)
+    at = lineno - 1
+
+    def between(start: int, stop: int) -> tuple[str, ...]:
+        return tuple(_code(line) for line in lines[max(start, 0) : max(stop, 0)])
+
+    return FrameInfo(
+        _trimmed(code.co_filename, _MAX_LINE),
+        lineno,
+        _trimmed(code.co_qualname, _MAX_LINE),
+        _code(lines[at]) if 0 <= at < len(lines) else "",
+        between(at - CONTEXT, at),
+        between(at + 1, at + 1 + CONTEXT),
+        dict(_variables(frame, secrets)),
+    )
+
+
+def _code(line: str) -> str:
+    """A line of code, without what is written there as a secret."""
+    return _masked_code(line, os.environ.get(EXTRA_WORDS_VARIABLE, ""))
+
+
+@functools.lru_cache(maxsize=1024)
+def _masked_code(line: str, _words: str) -> str:
+    """The same, remembered for as long as the words that look secret are the same: what fails does so again."""
+
+    def masked(found: "re.Match[str]") -> str:
+        return f"{found['name']}{found['between']}{MASK}" if looks_secret(found["name"]) else found[0]
+
+    return mask_text(_CODE.sub(masked, _trimmed(line.rstrip(), _MAX_LINE)))
+
+
+def _variables(frame: types.FrameType, secrets: set[str]) -> Iterator[tuple[str, str]]:
+    found = frame.f_locals
+    named = [name for name in tuple(found) if isinstance(name, str) and not name.startswith("__")]
+    if found is frame.f_globals:  # code of a module: what it imports and defines are no variables
+        named = [name for name in named if not isinstance(found[name], (types.ModuleType, types.FunctionType, type))]
+    for name in named[:_MAX_LOCALS]:
+        yield _trimmed(name, _MAX_LINE), _shown_as(name, found[name], secrets)
+    if len(named) > _MAX_LOCALS:
+        yield "...", f"{len(named) - _MAX_LOCALS} more"
+
+
+def _shown_as(name: str, value: Any, secrets: set[str]) -> str:
+    if _is_secret(name, value):
+        _note_secret(name, value, secrets)
+        return MASK
+    try:
+        text = _repr(value, 0, secrets)
+    except Exception:  # noqa: BLE001 - user code, and RecursionError
+        text = f"<{type(value).__name__} that cannot be shown>"
+    return _trimmed(text, MAX_REPR)
+
+
+def _is_secret(name: str, value: Any) -> bool:
+    # What is empty is no secret; only of these types, because bool() of a user's object may be anything.
+    return value is not None and (type(value) not in (str, bytes, dict, list) or bool(value)) and looks_secret(name)
+
+
+def _note_secret(name: str, value: Any, secrets: set[str]) -> None:
+    """Remember a value that must not be shown elsewhere. What is called key is often none, and a common word."""
+    if type(value) is str and len(value) >= _MIN_SECRET and name.lower().rstrip("s") != "key":
+        secrets.add(value)
+
+
+def _repr(value: Any, depth: int, secrets: set[str]) -> str:
+    """repr() of a value, with secrets in it masked; of large ones no more is made than is shown."""
+    kind = type(value)
+    if kind in (str, bytes, bytearray):
+        return repr(value[:MAX_REPR]) + ("..." if len(value) > MAX_REPR else "")
+    if kind not in _BRACKETS or not value:
+        return mask_text(_trimmed(repr(value), 64 * MAX_REPR))
+    if depth >= _MAX_DEPTH:
+        return "..."
+    depth += 1
+    if kind is dict:
+        pairs = itertools.islice(value.items(), _MAX_ENTRIES)
+        shown = [f"{_repr(k, depth, secrets)}: {_entry(k, v, depth, secrets)}" for k, v in pairs]
+    else:
+        shown = [_repr(entry, depth, secrets) for entry in itertools.islice(value, _MAX_ENTRIES)]
+    if len(value) > _MAX_ENTRIES:
+        shown.append("...")
+    start, end = _BRACKETS[kind]
+    comma = "," if kind is tuple and len(value) == 1 else ""
+    return f"{start}{', '.join(shown)}{comma}{end}"
+
+
+_BRACKETS: Final[dict[type, tuple[str, str]]] = {dict: ("{", "}"), list: ("[", "]"), tuple: ("(", ")"), set: ("{", "}")}
+
+
+def _entry(key: Any, value: Any, depth: int, secrets: set[str]) -> str:
+    if isinstance(key, str) and _is_secret(key, value):
+        _note_secret(key, value, secrets)
+        return repr(MASK)
+    return _repr(value, depth, secrets)
+
+
+def _trimmed(text: str, limit: int) -> str:
+    """The beginning of the text; what JSON has no form for (lone surrogates) with backslashes."""
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _hidden(info: TracebackInfo, secrets: Iterable[str]) -> TracebackInfo:
+    """The same without the values that were masked, wherever they are."""
+    values = sorted(secrets, key=len, reverse=True)
+    if not values:
+        return info
+
+    def clean(text: str) -> str:
+        for value in values:
+            text = text.replace(value, MASK)
+        return text
+
+    frames = tuple(
+        replace(
+            frame,
+            line=clean(frame.line),
+            before=tuple(map(clean, frame.before)),
+            after=tuple(map(clean, frame.after)),
+            locals={name: clean(value) for name, value in frame.locals.items()},
+        )
+        for frame in info.frames
+    )
+    cause = _hidden(info.cause, values) if info.cause is not None else None
+    return replace(info, frames=frames, exception=clean(info.exception), cause=cause)
