@@ -51,7 +51,7 @@ def open_sql(url: str) -> Iterator["SqlStorage"]:
     from kser.storage.sql import SqlStorage
 
     with open_storage(url) as opened:
+        opened.history  # noqa: B018 - says so when there is none
         if not isinstance(opened, SqlStorage):
-            opened.history  # noqa: B018 - says what is wrong with it
             raise ConfigurationError(f"{type(opened).__name__} has no tables that a recorder can write")
         yield opened
