@@ -148,8 +148,9 @@ class Recording:
             assert differences(storage, events) == []
             self._look(storage)
             kept = snapshot(storage)
-            for name in RECORDERS:
-                self._processes.pop(name).kill()
+            for process in [self._processes.pop(name) for name in RECORDERS]:
+                process.terminate()
+                process.wait(20)
             self.rebuild(self.url, "--rebuild")
             self.wait_recorded(storage)
             assert snapshot(storage) == kept
