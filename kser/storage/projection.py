@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from kser.progress import SEPARATOR
@@ -303,7 +303,8 @@ class Projection:
         )
         earlier = or_(build.c.start_time.is_(None), began < build.c.start_time)
         here = and_(build.c.uuid.in_(roots), began.is_not(None), earlier)
-        connection.execute(update(build).where(here).values(start_time=began))
+        created = case((build.c.created > began, began), else_=build.c.created)
+        connection.execute(update(build).where(here).values(start_time=began, created=created))
 
     def _end_steps(self, connection: Connection, roots: Sequence[str] | None) -> int:
         """End what goes on in runs of these operations (None: of all) that are over; the number of steps.
