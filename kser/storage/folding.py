@@ -14,7 +14,14 @@ from kser.status import Status
 from kser.storage.records import Told
 from kser.storage.values import from_ms, one_line
 
-__all__ = ["fold"]
+__all__ = ["FOLDED", "fold"]
+
+#: The columns that events decide.
+FOLDED = (
+    *("kind", "entrypoint", "root", "parent", "is_top", "run", "position", "attempt", "status", "created"),
+    *("start_time", "end_time", "started", "finished", "success", "skipped", "params", "worker", "note"),
+    *("retcode", "stdout", "stderr", "retval", "error", "exception", "exception_tb"),
+)
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _ENDS = frozenset({"step.done", "step.failed", "step.aborted", "operation.ended", "message.rejected"})

@@ -4,9 +4,9 @@ A batch is one SQL transaction:
 
 1. The offsets are moved on, if they still are where this process left them. Are they not, another recorder has moved
    them: nothing is stored, and this one looks where to go on (StaleError).
-2. A row of the table build is made and locked for everything the batch tells of, and for the operations around it.
+2. A row of the table build is made or locked for everything the batch tells of, and for the operations around it.
 3. The events go into the timeline. A repetition of one that is there is dropped.
-4. Each row is computed anew from all events of its uuid (kser.storage.folding), so it never depends on their order.
+4. Each row that was there is computed anew from all events of its uuid (kser.storage.folding), whatever their order.
 5. What an operation says of its steps is made true: it began when its first step did, and none of its steps goes on
    after its end.
 6. Progress, log records and what workers tell of themselves are stored.
@@ -22,7 +22,7 @@ from sqlalchemy.orm import aliased
 from kser.progress import SEPARATOR
 from kser.status import Status
 from kser.storage.database import Database, chunks, insert
-from kser.storage.folding import fold
+from kser.storage.folding import FOLDED, fold
 from kser.storage.history import worker_state
 from kser.storage.records import LogTold, ProgressTold, Told, WorkerTold, parse, stored
 from kser.storage.schema import Tables
@@ -185,19 +185,24 @@ class Projection:
     def _store(self, connection: Connection, batch: _Batch) -> None:
         about = batch.about
         if about:
-            rows = self._lock_builds(connection, about)
+            ids, old = self._lock_builds(connection, about, batch.events)
             self._add_events(connection, batch.events)
             roots = {told.root for told in about if told.root is not None}
             # Operations too, when only a step of theirs was told of: what is said of both is made from both.
             told_of = {told.uuid for told in batch.events} | roots
-            self._refold(connection, [rows[uuid] for uuid in sorted(told_of)])
+            self._refold(connection, [old[uuid] for uuid in sorted(told_of) if uuid in old])
             self._settle_roots(connection, sorted(roots))
-            self._add_progress(connection, batch.progress, rows)
-            self._add_logs(connection, batch.logs, rows)
+            self._add_progress(connection, batch.progress, ids)
+            self._add_logs(connection, batch.logs, ids)
         self._add_workers(connection, batch.workers)
 
-    def _lock_builds(self, connection: Connection, about: Sequence[Told]) -> dict[str, Row[Any]]:
-        """A row for everything that is told of and the operations around it, locked until the end; by uuid.
+    def _lock_builds(
+        self, connection: Connection, about: Sequence[Told], events: Sequence[Told]
+    ) -> tuple[dict[str, int], dict[str, Row[Any]]]:
+        """A row for everything that is told of and the operations around it, locked until the end.
+
+        Gives the number of each by its uuid, and the rows that were there before. A new one is made from the events of
+        this batch, which are all there are of it.
 
         Root operations first: who has one may change all that is in it, and nobody waits for another in a circle.
         """
@@ -206,16 +211,36 @@ class Projection:
             wanted.setdefault(told.uuid, self._first_row(told, told.uuid))
             if told.root is not None and told.root not in wanted:
                 wanted[told.root] = self._first_row(told, told.root)
+        for uuid, own in _by_uuid(events).items():
+            wanted[uuid] |= self._folded(own)
         roots = {told.root for told in about if told.root is not None}
-        found: dict[str, Row[Any]] = {}
+        ids: dict[str, int] = {}
+        old: dict[str, Row[Any]] = {}
         for uuids in (sorted(roots), sorted(set(wanted) - roots)):
-            if uuids:
-                self._make_rows(connection, [wanted[uuid] for uuid in uuids])
-                found |= self._locked(connection, uuids)
-        return found
+            made = self._make_rows(connection, {uuid: wanted[uuid] for uuid in uuids})
+            rows = self._locked(connection, uuids)
+            ids |= {uuid: row.id for uuid, row in rows.items()}
+            old |= {uuid: row for uuid, row in rows.items() if uuid not in made}
+        return ids, old
 
-    def _make_rows(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-        connection.execute(insert(connection, self._tables.build).on_conflict_do_nothing(), list(rows))
+    def _make_rows(self, connection: Connection, wanted: Mapping[str, Mapping[str, Any]]) -> set[str]:
+        """Make those of these rows that are not there; the uuids of which it is known that they were made here."""
+        build = self._tables.build
+        there: set[str] = set()
+        for some in chunks(list(wanted)):
+            there.update(connection.execute(select(build.c.uuid).where(build.c.uuid.in_(some))).scalars())
+        new = [dict(row) for uuid, row in wanted.items() if uuid not in there]
+        if not new:
+            return set()
+        statement = insert(connection, build).on_conflict_do_nothing()
+        made = connection.execute(statement, new, execution_options={"preserve_rowcount": True})
+        # Fewer: another recorder made some of them meanwhile.
+        return set(wanted) - there if made.rowcount == len(new) else set()
+
+    def _folded(self, events: Sequence[Told]) -> dict[str, Any]:
+        """The columns of a new row that all of its events decide."""
+        values = fold(events)
+        return {} if values is None else _dumped(values) | {"job_id": values["entrypoint"]}
 
     def _locked(self, connection: Connection, uuids: Sequence[str]) -> dict[str, Row[Any]]:
         build = self._tables.build
@@ -229,7 +254,7 @@ class Projection:
     def _first_row(self, told: Told, uuid: str) -> dict[str, Any]:
         """What is known of something before an event of its own is told: it runs."""
         own = told.uuid == uuid
-        return {
+        return dict.fromkeys(FOLDED) | {
             "uuid": uuid,
             "kind": "task" if own else "operation",
             "job_id": told.entrypoint if own else "",
@@ -290,11 +315,11 @@ class Projection:
             connection.execute(statement.values({name: bindparam(name) for name in names}), changes)
 
     def _columns(self, row: Row[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        columns = {
-            name: dump_any_json(value) if name in _JSON and value is not None else value
-            for name, value in values.items()
+        columns = _dumped(values) | {
+            "at_id": row.id,
+            "group_name": self._group,
+            "job_id": row.job_id or values["entrypoint"],
         }
-        columns |= {"at_id": row.id, "group_name": self._group, "job_id": row.job_id or values["entrypoint"]}
         if row.job_config is not None:  # somebody created it before it was sent
             columns["created"] = row.created
         return columns
@@ -339,9 +364,7 @@ class Projection:
         }
         return connection.execute(update(build).where(here).values(values)).rowcount
 
-    def _add_progress(
-        self, connection: Connection, progress: Sequence[ProgressTold], rows: Mapping[str, Row[Any]]
-    ) -> None:
+    def _add_progress(self, connection: Connection, progress: Sequence[ProgressTold], ids: Mapping[str, int]) -> None:
         if not progress:
             return
         table = self._tables.build_progress
@@ -354,7 +377,7 @@ class Projection:
         )
         values = [
             {
-                "build_id": rows[told.about.uuid].id,
+                "build_id": ids[told.about.uuid],
                 "group_name": SEPARATOR.join(told.group),
                 "current": told.current,
                 "total": told.total,
@@ -366,12 +389,12 @@ class Projection:
         ]
         connection.execute(statement, values)
 
-    def _add_logs(self, connection: Connection, logs: Sequence[LogTold], rows: Mapping[str, Row[Any]]) -> None:
+    def _add_logs(self, connection: Connection, logs: Sequence[LogTold], ids: Mapping[str, int]) -> None:
         if not logs:
             return
         values = [
             {
-                "build_id": rows[told.about.uuid].id,
+                "build_id": ids[told.about.uuid],
                 "created": from_ms(told.about.at_ms) or now(),
                 "level": told.level,
                 "logger": told.logger,
@@ -411,6 +434,24 @@ class Projection:
             for _, told in sorted(newest.items())
         ]
         connection.execute(statement, values)
+
+
+def _by_uuid(events: Sequence[Told]) -> dict[str, list[Told]]:
+    """Events by what they tell of; of one and its repetitions the first."""
+    unique: dict[str, Told] = {}
+    for told in events:
+        unique.setdefault(told.identity, told)
+    found: dict[str, list[Told]] = {}
+    for told in unique.values():
+        found.setdefault(told.uuid, []).append(told)
+    return found
+
+
+def _dumped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Columns with JSON as text."""
+    return {
+        name: dump_any_json(value) if name in _JSON and value is not None else value for name, value in values.items()
+    }
 
 
 def _why_gone(row: Row[Any]) -> str | None:

@@ -433,6 +433,20 @@ def test_recorders_of_several_partitions_work_side_by_side_on_the_same_rows(stor
     assert snapshot(storage) == snapshot(other)
 
 
+def test_rows_that_another_recorder_made_meanwhile_are_computed_from_what_is_stored(storage, new_storage, monkeypatch):
+    tape, other = story(), new_storage()
+    record(other, tape)
+    real = Projection._make_rows
+
+    def raced(self, connection, wanted):
+        real(self, connection, wanted)
+        return real(self, connection, wanted)  # now they are there: whose they are is not known
+
+    monkeypatch.setattr(Projection, "_make_rows", raced)
+    record(storage, tape, 9)
+    assert snapshot(storage) == snapshot(other)
+
+
 def test_a_rebuild_gives_the_same_rows_under_the_same_numbers(storage):
     tape = story()
     record(storage, tape)
