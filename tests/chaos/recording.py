@@ -84,8 +84,8 @@ class Recording:
                 stderr=subprocess.STDOUT,
             )
 
-    def launch(self, number: int) -> None:
-        """Launch so many operations, one in five of which fails at its second step."""
+    def launch(self, number: int, over_s: float = 0) -> None:
+        """Launch so many operations, one in five of which fails at its second step, spread over some seconds."""
         with Producer({"bootstrap.servers": self.bootstrap, "log_level": 0}) as producer:
             registry.configure(producer=producer, topic=self.topic)
             for at in range(0, number, 50):
@@ -94,6 +94,7 @@ class Recording:
                     for operation in some:
                         operation.launch()
                 self.launched += [operation.uuid for operation in some]
+                time.sleep(over_s * len(some) / number)
 
     def kill_until(self, done: Callable[[], bool], *, seed: int, pace_s: float, limit_s: float) -> None:
         """kill -9 of one process after the other, each started again at once, until ``done``."""
