@@ -11,14 +11,18 @@ from typing import Any, NoReturn
 import click
 
 from kser.cli.broker import broker
-from kser.cli.control import abort, pause, paused, resume, workers
+from kser.cli.control import abort, pause, paused, resume
+from kser.cli.db import db
 from kser.cli.demo import demo
 from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
+from kser.cli.install import install, uninstall
 from kser.cli.lag import lag
 from kser.cli.launch import launch
 from kser.cli.operations import operations
 from kser.cli.options import example, format_option, need_command, outer_log_level_option
+from kser.cli.prune import prune
+from kser.cli.recorder import recorder
 from kser.cli.send import send
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
@@ -105,6 +109,8 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
 for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, broker):
     cli.add_command(_command)
 for _command in (workers, lag, abort, pause, resume, paused):
+    cli.add_command(_command)
+for _command in (recorder, install, uninstall, db, prune):
     cli.add_command(_command)
 
 
