@@ -1,9 +1,9 @@
 """The endpoint that takes posted messages: a blueprint for any Flask program."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-import orjson
 from flask import Blueprint, Request, Response, request
 from marshmallow import ValidationError as SchemaError
 from werkzeug.exceptions import HTTPException
@@ -62,7 +62,7 @@ def answer(results: Sequence[Result]) -> Response:
     document = outcomes(results)
     failed = failure_of(results)
     if failed is None:
-        return Response(orjson.dumps(document), 200, content_type="application/json")
+        return Response(json.dumps(document), 200, content_type="application/json")
     several = sum(not is_success(result) for result in results)
     told = Result(retcode=failed.retcode, stderr=f"{several} of {len(results)} messages not taken: {failed.stderr}")
     return problem_of_result(told, **document)

@@ -1,10 +1,10 @@
 """Errors as HTTP answers: problem+json (RFC 9457), never a traceback."""
 
+import json
 import logging
 from http import HTTPStatus
 from typing import Any, Final
 
-import orjson
 from flask import Response
 from werkzeug.exceptions import HTTPException
 
@@ -39,8 +39,7 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None, **m
         members: more for the document, such as ``errors``: field -> list of what is wrong with it.
     """
     document = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    raw = orjson.dumps(json_safe(document | members))
-    return Response(raw, status, headers=headers, content_type=PROBLEM_TYPE)
+    return Response(json.dumps(json_safe(document | members)), status, headers=headers, content_type=PROBLEM_TYPE)
 
 
 def status_of(error: Error) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from marshmallow import EXCLUDE, Schema, fields, validate
+from marshmallow import ValidationError as SchemaError
 
 from kser.headers import Headers
 from kser.results import Result, is_success
@@ -38,6 +39,11 @@ MAX_MESSAGES: Final = 1000
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 
 
+def _check_topic(name: str) -> None:
+    if not is_topic_name(name):
+        raise SchemaError(f"{name!r} {TOPIC_NAME_RULE}")
+
+
 class EnvelopeSchema(MessageSchema):
     """A message. Only its entrypoint is required; it gets a random uuid when it has none."""
 
@@ -49,7 +55,7 @@ class PostedSchema(Schema):
 
     topic = fields.String(
         required=True,
-        validate=lambda name: is_topic_name(name) or _refuse(f"{name!r} {TOPIC_NAME_RULE}"),
+        validate=_check_topic,
         metadata={"description": "Kafka topic", "minLength": 1, "maxLength": 249, "pattern": "^[a-zA-Z0-9._-]+$"},
     )
     message = fields.Nested(EnvelopeSchema, required=True)
@@ -133,9 +139,3 @@ def outcomes(results: Sequence[Result]) -> dict[str, Any]:
 def failure_of(results: Sequence[Result]) -> Result | None:
     """The first of them that failed; None when all went well."""
     return next((result for result in results if not is_success(result)), None)
-
-
-def _refuse(why: str) -> bool:
-    from marshmallow import ValidationError as SchemaError
-
-    raise SchemaError(why)
