@@ -6,10 +6,12 @@ Error                         code 1       everything kser raises on purpose (cd
 │  ├─ EntrypointNotFoundError 400          no class is registered under the name a message gives
 │  ├─ ItineraryError          400          what travels with the message of an operation cannot be read
 │  ├─ StatusError             409          a move between statuses that does not exist
-│  └─ MessageTooLargeError    413          a message over the limit, refused before it was sent
+│  ├─ MessageTooLargeError    413          a message over the limit, refused before it was sent
+│  └─ SerializationError      400          a value that JSON has no form for
 ├─ NotFound                   404          nothing with this identifier
 ├─ NotImplemented             501          a hook the user has to write was called
 ├─ IOError                    500
+│  ├─ StorageError            503          the database, or the way to it
 │  └─ TransportError          503          the broker, or the way to it
 │     ├─ DeliveryError        504          not confirmed by the broker in time
 │     ├─ GroupError           409          this member does not own the partition (any more)
@@ -50,7 +52,9 @@ __all__ = [
     "NotFound",
     "NotImplemented",
     "OffsetLostError",
+    "SerializationError",
     "StatusError",
+    "StorageError",
     "TaskCrashedError",
     "TaskTimeoutError",
     "TransportError",
@@ -90,6 +94,10 @@ class MessageTooLargeError(ValidationError):
         )
 
 
+class SerializationError(ValidationError):
+    """A value cannot be stored; the message says where it is and which type it has."""
+
+
 class TaskTimeoutError(Error):
     """The task took longer than its ``timeout``."""
 
@@ -109,6 +117,13 @@ class TaskCrashedError(Error):
 
     MSGID = "ERR-50001"
     CODE = 500
+
+
+class StorageError(IOError):
+    """The database cannot be reached, or refused."""
+
+    MSGID = "ERR-50302"
+    CODE = 503
 
 
 class TransportError(IOError):

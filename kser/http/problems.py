@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PROBLEM_TYPE: Final = "application/problem+json"
 #: Statuses that an error's own code may choose.
-_OWN: Final = frozenset({404, 409, 410, 413, 503, 504})
+_OWN: Final = frozenset({404, 409, 410, 413, 429, 503, 504})
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None, **members: Any) -> Response:

@@ -27,6 +27,7 @@ __all__ = [
     "OutcomeSchema",
     "OutcomesSchema",
     "Posted",
+    "check_topic",
     "failure_of",
     "outcomes",
     "posted",
@@ -39,7 +40,8 @@ MAX_MESSAGES: Final = 1000
 MAX_BODY_BYTES: Final = 16 * 1024 * 1024
 
 
-def _check_topic(name: str) -> None:
+def check_topic(name: str) -> None:
+    """Raise marshmallow's ValidationError unless this can be the name of a topic."""
     if not is_topic_name(name):
         raise SchemaError(f"{name!r} {TOPIC_NAME_RULE}")
 
@@ -55,7 +57,7 @@ class PostedSchema(Schema):
 
     topic = fields.String(
         required=True,
-        validate=_check_topic,
+        validate=check_topic,
         metadata={"description": "Kafka topic", "minLength": 1, "maxLength": 249, "pattern": "^[a-zA-Z0-9._-]+$"},
     )
     message = fields.Nested(EnvelopeSchema, required=True)

@@ -5,7 +5,7 @@ import uuid as uuids
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from kser import results
 from kser.controller import Controller
@@ -18,6 +18,9 @@ from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
 from kser.sequencing.plain_launch import send_first
 from kser.sequencing.task import ORIGINALS, Home, Task, found, not_before
 from kser.status import Status
+
+if TYPE_CHECKING:
+    from kser.storage import Execution
 
 __all__ = ["Operation", "name_failed_task"]
 
@@ -435,6 +438,9 @@ class Operation(Task):
     def adopt(self, children: Sequence[Mapping[str, Any]], find: Finder) -> None:
         """Take over the children that travelled with this operation. Raises ItineraryError."""
         self.tasks = [Task.from_entry(Entry.load(child), find) for child in children]
+
+    def _remember(self, known: "Execution", find: Finder) -> None:
+        self.tasks = [Task._remembered(task, find) for task in known.tasks]
 
     def restore(self, kmsg: Message, find: Finder) -> None:
         """Take over the children in the message, if it has any. Raises ItineraryError."""

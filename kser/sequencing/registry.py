@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from kser.controller import Controller
 from kser.entry import Entrypoint
@@ -10,6 +10,9 @@ from kser.errors import ConfigurationError, ValidationError
 from kser.retry import Retry
 from kser.schemas import Message
 from kser.sequencing.task import MessageSender, Task, function_task
+
+if TYPE_CHECKING:
+    from kser.storage import StorageBase
 
 __all__ = ["OperationRegistry"]
 
@@ -24,6 +27,7 @@ class OperationRegistry:
         controller_class: Controller to use; the registry makes a subclass of it for itself.
         producer: sends what ``launch()`` and ``send()`` are called on, outside of workers.
         topic: topic of the subscribed classes that name none.
+        storage: where ``Task.init_by_id()`` looks, or its URL.
     """
 
     def __init__(
@@ -33,6 +37,7 @@ class OperationRegistry:
         *,
         producer: MessageSender | None = None,
         topic: str | None = None,
+        storage: "StorageBase | str | None" = None,
     ) -> None:
         own = {} if controller_class is Controller else dict(controller_class.ENTRYPOINTS)
         name = controller_class.__name__
@@ -40,6 +45,7 @@ class OperationRegistry:
         self.controller: Controller = type(name, (controller_class,), {"ENTRYPOINTS": own})()
         self.producer = producer
         self.topic = topic
+        self.storage = storage
         self.app: Any = None
         if app is not None:
             self.init_app(app)
@@ -49,10 +55,21 @@ class OperationRegistry:
         """How messages of this registry are written: its controller's TRANSPORT."""
         return self.controller.TRANSPORT
 
-    def configure(self, *, producer: MessageSender | None = None, topic: str | None = None) -> None:
-        """Set the producer, the topic, or both; what is None stays as it is."""
+    def configure(
+        self,
+        *,
+        producer: MessageSender | None = None,
+        topic: str | None = None,
+        storage: "StorageBase | str | None" = None,
+    ) -> None:
+        """Set the producer, the topic, the storage, or several; what is None stays as it is."""
         self.producer = producer if producer is not None else self.producer
         self.topic = topic or self.topic
+        self.storage = storage if storage is not None else self.storage
+
+    def find(self, name: str) -> type[Entrypoint] | None:
+        """The class subscribed under this name in messages, or None."""
+        return self.controller.find(name)
 
     def init_app(self, app: Any = None) -> None:
         """Take the Flask application and load the tasks."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from kser import context, eventloop, results
 from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up, wire_name
@@ -16,6 +16,9 @@ from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.itinerary import Entry
 from kser.status import Status
+
+if TYPE_CHECKING:
+    from kser.storage import Execution, StorageBase
 
 __all__ = [
     "ORIGINALS",
@@ -75,6 +78,13 @@ class Home(Protocol):
     @property
     def transport(self) -> type[Message]:
         """How messages of this registry are written: its controller's TRANSPORT."""
+
+    @property
+    def storage(self) -> "StorageBase | str | None":
+        """Where Task.init_by_id() looks; None: where KSER_STORAGE says."""
+
+    def find(self, name: str) -> type[Entrypoint] | None:
+        """The class subscribed under this name in messages, or None."""
 
 
 class Task(Entrypoint):
@@ -295,6 +305,42 @@ class Task(Entrypoint):
         return _operator(home.producer if home is not None else None).resume(
             uuid, group=group, params=params, step=step, timeout=timeout
         )
+
+    @classmethod
+    def init_by_id(cls, _id: str) -> "Task":
+        """The task or operation with this uuid as the storage knows it: its status, params, Result, and its tasks.
+
+        For people and tools; nothing on a message's way calls it. The storage is that of the class's registry
+        (``registry.configure(storage=...)``), else the one at the URL in KSER_STORAGE. Parameters are those that the
+        events tell, secrets masked. A class that is not known here gives a task that can be looked at, not run.
+
+        Raises:
+            ConfigurationError: no storage is configured, or it cannot be used.
+            NotFound: it does not know the uuid.
+            StorageError: the database does not answer.
+        """
+        from kser.storage import load_execution  # here: SQL is for those who ask for it
+
+        home = cls._home
+
+        def find(name: str) -> type[Entrypoint] | None:
+            found = home.find(name) if home is not None else None
+            return cls if found is None and name == wire_name(cls) else found
+
+        return cls._remembered(load_execution(_id, home.storage if home is not None else None), find)
+
+    @staticmethod
+    def _remembered(known: "Execution", find: Finder) -> "Task":
+        """The task of what a storage knows."""
+        task = Task.from_entry(Entry(known.uuid, known.entrypoint, dict(known.params)), find)
+        task.status = Status.parse(known.status)
+        if known.result is not None:
+            task.result = Result(**known.result)
+        task._remember(known, find)
+        return task
+
+    def _remember(self, known: "Execution", find: Finder) -> None:
+        """Take over what else a storage knows. Only an Operation has tasks."""
 
     @property
     def home(self) -> Home | None:

@@ -1,6 +1,6 @@
 """create_app(): the Flask program of the REST API."""
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, Response, request
 from flask_smorest import Api
@@ -14,12 +14,16 @@ from kser.operating import OperatingProducer
 from kser.producer import BaseProducer
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import Transport
+from kser.web.builds import builds, logs, workers
 from kser.web.health import HEALTH_PATH, health
 from kser.web.letters import letters
 from kser.web.messages import messages
 from kser.web.operations import events, operations
 from kser.web.schemas import ProblemSchema
 from kser.web.site import KEY, Site, WebSettings
+
+if TYPE_CHECKING:
+    from kser.storage import StorageBase
 
 __all__ = ["create_app"]
 
@@ -92,7 +96,7 @@ def create_app(
 
     app.register_error_handler(Error, problem_of)
     api = _Api(app, spec_kwargs=_document(settings))
-    for blueprint in (operations, events, letters, messages, health):
+    for blueprint in (operations, events, builds, logs, letters, workers, messages, health):
         api.register_blueprint(blueprint)
     return app
 

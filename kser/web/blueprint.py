@@ -1,7 +1,7 @@
 """ApiBlueprint: a group of resources whose arguments are checked strictly."""
 
 import json
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import flask
 from flask_smorest import Blueprint
@@ -14,7 +14,7 @@ __all__ = ["ApiBlueprint"]
 class _Parser(FlaskParser):
     """Refuses arguments that do not exist, and JSON that says what JSON cannot: NaN, nesting without end."""
 
-    DEFAULT_UNKNOWN_BY_LOCATION: ClassVar[dict[str, str | None]] = {"query": RAISE, "json": RAISE}
+    DEFAULT_UNKNOWN_BY_LOCATION: dict[str, str | None] = {"query": RAISE, "json": RAISE}  # noqa: RUF012 - webargs' name
 
     def load_json(self, req: flask.Request, schema: Schema) -> Any:  # noqa: ARG002 - the interface of webargs
         raw = req.get_data(cache=True)

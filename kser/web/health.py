@@ -46,7 +46,7 @@ def _ask(here: Site) -> str:
         return "the broker does not answer"
     if here.has_storage:
         try:
-            here.storage.schema_version()
+            here.history.list_projections()
         except Error:
             return "the storage does not answer"
     return ""

@@ -32,12 +32,12 @@ def list_letters(query: dict[str, Any]) -> dict[str, Any]:
     return {"letters": [letter_as_json(letter) for letter in found.letters], "total": found.total}
 
 
-@letters.route("/api/1/dead-letters/<id>")
+@letters.route("/api/1/dead-letters/<int:partition>:<int:offset>")
 @letters.arguments(GroupQuery, location="query")
 @letters.response(200, LetterSchema)
-def show_letter(query: dict[str, Any], id: str) -> dict[str, Any]:  # noqa: A002 - the name in the path
+def show_letter(query: dict[str, Any], partition: int, offset: int) -> dict[str, Any]:
     """One dead letter: what failed, where, why, and the message."""
-    letter = site().letters(query["group"]).show(id)
+    letter = site().letters(query["group"]).show(f"{partition}:{offset}")
     return letter_as_json(letter) | content_as_json(letter)
 
 

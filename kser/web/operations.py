@@ -37,7 +37,11 @@ __all__ = ["events", "operations"]
 operations = ApiBlueprint("operations", __name__, description="Operations, and tasks that belong to none")
 events = ApiBlueprint("events", __name__, description="What happens, as server-sent events")
 
-_STREAM = {"content_type": "text/event-stream", "schema": {"type": "string"}}
+#: Of the body's events, each of which is described by the schema.
+_STREAM = {
+    "content_type": "text/event-stream",
+    "schema": {"type": "object", "properties": {name: {"type": "string"} for name in ("id", "event", "data")}},
+}
 
 
 @operations.route("/api/1/operations")
@@ -80,8 +84,9 @@ def launch_operation(body: dict[str, Any]) -> Any:
             made, here.producer, body["topic"], here.settings.timeout_s, here.registry.topic or here.settings.topic
         )
     else:
-        uuid, name, topic = str(uuids.uuid4()), body["entrypoint"], body["topic"] or here.settings.topic
-        if topic is None:
+        uuid, name = str(uuids.uuid4()), body["entrypoint"]
+        topic = body["topic"] or here.settings.topic or ""
+        if not topic:
             raise ValidationError("No topic is named: give one, or start the API with a topic to launch to")
         if body["idempotency_key"]:
             raise ValidationError("idempotency_key takes a registry, so that the API can build what is launched")

@@ -1,16 +1,21 @@
 """What requests hold and answers tell: the contract that the OpenAPI document shows."""
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
 from marshmallow import Schema, fields, validate
 from marshmallow import ValidationError as SchemaError
 
-from kser.http.wire import OutcomeSchema
+from kser.http.wire import OutcomeSchema, check_topic
 from kser.status import Status
 
 __all__ = [
     "AbortSchema",
+    "AfterQuery",
+    "BuildQuery",
+    "BuildSchema",
+    "BuildsSchema",
     "EntrypointsSchema",
     "ExecutionSchema",
     "ExecutionsSchema",
@@ -22,14 +27,19 @@ __all__ = [
     "LetterQuery",
     "LetterSchema",
     "LettersSchema",
+    "LogLinesSchema",
+    "LogQuery",
     "OperationQuery",
     "ProblemSchema",
+    "ProgressSchema",
     "PurgeSchema",
     "PurgedSchema",
     "ReplaySchema",
     "ReplaysSchema",
     "ResumeSchema",
+    "TimelineSchema",
     "ToldSchema",
+    "WorkersSchema",
 ]
 
 #: Entries of one page.
@@ -46,7 +56,7 @@ def _check_text(value: str) -> None:
 def _text(*, required: bool = False, least: int = 0, note: str = "", **more: Any) -> fields.String:
     if not required:
         more.setdefault("load_default", None)
-    rules = [validate.Length(min=least, max=1000), _check_text]
+    rules: list[Callable[[Any], Any]] = [validate.Length(min=least, max=1000), _check_text]
     return fields.String(required=required, validate=rules, metadata={"description": note}, **more)
 
 
@@ -64,6 +74,21 @@ def _number(default: int, least: int, most: int, note: str) -> fields.Integer:
     return fields.Integer(
         load_default=default, validate=validate.Range(least, most), metadata={"description": note}, strict=False
     )
+
+
+def _name(note: str) -> fields.String:
+    rules: list[Callable[[Any], Any]] = [validate.Regexp("^[a-zA-Z0-9._-]{1,249}$"), check_topic]
+    return fields.String(load_default=None, allow_none=True, validate=rules, metadata={"description": note})
+
+
+def _changed() -> fields.Dict:
+    note = {"description": "Changed parameters"}
+    return fields.Dict(keys=fields.String(), load_default=None, allow_none=True, metadata=note)
+
+
+def _ids() -> fields.List:
+    rule = validate.Regexp("^[0-9]{1,10}:[0-9]{1,18}$")
+    return fields.List(fields.String(validate=rule), load_default=None, validate=validate.Length(1, 1000))
 
 
 class ProblemSchema(Schema):
@@ -85,7 +110,7 @@ class ProblemSchema(Schema):
 class GroupQuery(Schema):
     """Which group is meant."""
 
-    group = _text(least=1, note="Consumer group; default the one of this API")
+    group = _name("Consumer group; default the one of this API")
 
 
 class FollowQuery(GroupQuery):
@@ -116,22 +141,54 @@ class OperationQuery(PageQuery):
     kind = fields.String(load_default=None, validate=validate.OneOf(["operation", "task"]))
 
 
-class LetterFilter(Schema):
-    """Which dead letters."""
+class LetterChoice(Schema):
+    """Which dead letters, of those that were not replayed."""
 
     task = _text(note="Name of the task, or of its class alone, or a pattern (shop.*)")
     error = _text(note="Part of the error's type or text, in any case")
     since = _moment("Failed then or later")
     until = _moment("Failed before that")
     operation = _text(least=1, note="uuid of an operation or message, or its beginning")
-    replayed = fields.Boolean(
-        load_default=None, allow_none=True, metadata={"description": "Only those that were, or not"}
-    )
+
+
+class LetterFilter(LetterChoice):
+    """Which dead letters."""
+
+    replayed = fields.Boolean(load_default=None, metadata={"description": "Only those that were, or were not"})
 
 
 class LetterQuery(LetterFilter, GroupQuery):
     """Which dead letters, the newest first."""
 
+    limit = _number(50, 1, _MOST, "At most so many")
+
+
+class AfterQuery(Schema):
+    """What came later than what the caller has."""
+
+    after = _number(0, 0, _LARGEST, "Only what was stored after the one with this id")
+    limit = _number(200, 1, _MOST, "At most so many")
+
+
+class LogQuery(AfterQuery):
+    """Which log records."""
+
+    min_level = fields.Integer(
+        load_default=None,
+        validate=validate.Range(0, 1000),
+        metadata={"description": "Of this level and above, as in logging: 30 is WARNING"},
+    )
+
+
+class BuildQuery(Schema):
+    """Which builds of a job."""
+
+    job_id = _text(required=True, least=1, note="The job")
+    started = fields.Boolean(load_default=None)
+    finished = fields.Boolean(load_default=None)
+    success = fields.Boolean(load_default=None)
+    skipped = fields.Boolean(load_default=None)
+    order = fields.String(load_default="desc", validate=validate.OneOf(["asc", "desc"]))
     limit = _number(50, 1, _MOST, "At most so many")
 
 
@@ -143,12 +200,7 @@ class LaunchSchema(Schema):
 
     entrypoint = _text(required=True, least=1, note="Name of an operation or a task")
     params = fields.Dict(keys=fields.String(), load_default=dict)
-    topic = fields.String(
-        load_default=None,
-        allow_none=True,
-        validate=validate.Regexp(r"^[a-zA-Z0-9._-]{1,249}\Z"),
-        metadata={"description": "Where to"},
-    )
+    topic = _name("Where to")
     key = _text(least=1, allow_none=True, note="Message key: what has the same stays in order")
     idempotency_key = _text(least=1, allow_none=True, note="What it is for: of all with the same one, one is started")
 
@@ -157,20 +209,13 @@ class AbortSchema(Schema):
     """Why it is aborted."""
 
     why = _text(load_default="", note="For people")
-    run = fields.Integer(
-        load_default=None,
-        allow_none=True,
-        validate=validate.Range(1, 2**31 - 1),
-        metadata={"description": "Up to this run"},
-    )
+    run = fields.Integer(load_default=None, allow_none=True, validate=validate.Range(1, 2**31 - 1))
 
 
 class ResumeSchema(Schema):
     """Where it goes on, and with what."""
 
-    params = fields.Dict(
-        keys=fields.String(), load_default=None, allow_none=True, metadata={"description": "Changed parameters"}
-    )
+    params = _changed()
     step = _text(least=1, allow_none=True, note="Name or position of the step; default the failed one")
     dry_run = fields.Boolean(load_default=False)
 
@@ -178,15 +223,9 @@ class ResumeSchema(Schema):
 class ReplaySchema(Schema):
     """Which dead letters are sent back: by their ids, or those that match and were not replayed yet."""
 
-    ids = fields.List(
-        fields.String(validate=validate.Regexp(r"^\d{1,10}:\d{1,18}\Z")),
-        load_default=None,
-        validate=validate.Length(1, 1000),
-    )
-    matching = fields.Nested(LetterFilter(exclude=["replayed"]), load_default=None)
-    params = fields.Dict(
-        keys=fields.String(), load_default=None, allow_none=True, metadata={"description": "Changed parameters"}
-    )
+    ids = _ids()
+    matching = fields.Nested(LetterChoice, load_default=None)
+    params = _changed()
     force = fields.Boolean(load_default=False)
     dry_run = fields.Boolean(load_default=False)
 
@@ -194,11 +233,7 @@ class ReplaySchema(Schema):
 class PurgeSchema(Schema):
     """Which dead letters are deleted for good: by their ids, or those that match."""
 
-    ids = fields.List(
-        fields.String(validate=validate.Regexp(r"^\d{1,10}:\d{1,18}\Z")),
-        load_default=None,
-        validate=validate.Length(1, 1000),
-    )
+    ids = _ids()
     matching = fields.Nested(LetterFilter, load_default=None)
     force = fields.Boolean(load_default=False, metadata={"description": "Delete what lies before them, too"})
     dry_run = fields.Boolean(load_default=False)
@@ -243,6 +278,118 @@ class ExecutionsSchema(Schema):
     total = fields.Integer()
     limit = fields.Integer()
     offset = fields.Integer()
+
+
+class TimelineEventSchema(Schema):
+    """One thing that was told."""
+
+    id = fields.Integer()
+    type = fields.String()
+    uuid = fields.String()
+    entrypoint = fields.String()
+    operation = fields.String(allow_none=True)
+    run = fields.Integer()
+    position = fields.Integer()
+    attempt = fields.Integer()
+    phase = fields.Integer()
+    status = fields.String()
+    at = fields.String(allow_none=True)
+    worker = fields.String()
+    data = fields.Raw(metadata={"description": "The record"})
+
+
+class TimelineSchema(Schema):
+    """What was told, in order."""
+
+    events = fields.List(fields.Nested(TimelineEventSchema))
+
+
+class LogLineSchema(Schema):
+    """One log record."""
+
+    id = fields.Integer()
+    build_id = fields.Integer()
+    uuid = fields.String()
+    entrypoint = fields.String()
+    created = fields.String()
+    level = fields.Integer()
+    level_name = fields.String()
+    logger = fields.String()
+    message = fields.String()
+    exception = fields.Raw(allow_none=True)
+    traceback = fields.Raw(allow_none=True)
+    worker = fields.String(allow_none=True)
+
+
+class LogLinesSchema(Schema):
+    """Log records, in the order they were stored."""
+
+    logs = fields.List(fields.Nested(LogLineSchema))
+
+
+class ProgressSchema(Schema):
+    """How far something has come, and what is in it."""
+
+    name = fields.String(allow_none=True)
+    current = fields.Integer()
+    total = fields.Integer()
+    percent = fields.Float()
+    label = fields.String()
+    status_line = fields.String(allow_none=True)
+    children = fields.List(fields.Nested(lambda: ProgressSchema()))
+
+
+class BuildSchema(Schema):
+    """A build of a job. Values under names that look secret are masked."""
+
+    id = fields.Integer()
+    uuid = fields.String()
+    job_id = fields.String()
+    start_time = fields.DateTime(allow_none=True)
+    end_time = fields.DateTime(allow_none=True)
+    started = fields.Boolean()
+    finished = fields.Boolean()
+    success = fields.Boolean(allow_none=True)
+    skipped = fields.Boolean(allow_none=True)
+    job_config = fields.Raw(allow_none=True)
+    build_config = fields.Raw(allow_none=True)
+    retval = fields.Raw(allow_none=True)
+    exception = fields.Raw(allow_none=True)
+    exception_tb = fields.Raw(allow_none=True)
+
+
+class BuildsSchema(Schema):
+    """Builds of a job."""
+
+    builds = fields.List(fields.Nested(BuildSchema))
+
+
+class RunningSchema(Schema):
+    """What a worker runs."""
+
+    uuid = fields.String()
+    entrypoint = fields.String()
+    since = fields.String(allow_none=True)
+
+
+class WorkerSchema(Schema):
+    """A worker."""
+
+    name = fields.String()
+    group = fields.String()
+    hostname = fields.String(allow_none=True)
+    pid = fields.Integer(allow_none=True)
+    versions = fields.Dict()
+    started = fields.String(allow_none=True)
+    seen = fields.String()
+    state = fields.String(metadata={"description": "running, stopped (it said so) or gone (not heard of for long)"})
+    running = fields.List(fields.Nested(RunningSchema))
+
+
+class WorkersSchema(Schema):
+    """The fleet."""
+
+    workers = fields.List(fields.Nested(WorkerSchema))
 
 
 class LaunchedSchema(Schema):

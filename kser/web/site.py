@@ -1,17 +1,22 @@
 """What the resources work with: a broker, a producer, and maybe a storage and a registry."""
 
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from flask import current_app
 
+from kser import errors
 from kser.dead_letters import DeadLetters
-from kser.errors import ConfigurationError, ValidationError
+from kser.errors import ConfigurationError
 from kser.producer import BaseProducer
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import Transport
 from kser.transport.names import is_topic_name
 from kser.web.streams import Streams
+
+if TYPE_CHECKING:
+    from kser.storage import StorageBase
+    from kser.storage.history import History
 
 __all__ = ["KEY", "Site", "WebSettings", "site"]
 
@@ -39,13 +44,9 @@ class WebSettings:
     def __post_init__(self) -> None:
         if self.token is not None and not self.token.strip():
             raise ConfigurationError("The token is empty: give a long random text, or None")
-        for name, value in (
-            ("timeout_s", self.timeout_s),
-            ("max_streams", self.max_streams),
-            ("stream_s", self.stream_s),
-        ):
-            if not value > 0:
-                raise ConfigurationError(f"{name}={value}: give more than 0")
+        for name in ("timeout_s", "max_streams", "stream_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: give more than 0")
         if not is_topic_name(self.group):
             raise ConfigurationError(f"group={self.group!r}: names of topics begin with it, so give one that can")
 
@@ -77,7 +78,7 @@ class Site:
     def storage(self) -> "StorageBase":
         """The storage. Raises NotImplemented when there is none."""
         if self._storage is None:
-            raise NotImplementedError("Nothing is kept here that could be asked for: start the API with a storage")
+            raise errors.NotImplemented("Nothing is kept here that could be asked for: start the API with a storage")
         return self._storage
 
     @property
@@ -97,9 +98,7 @@ class Site:
             self.producer.close()
 
     def group(self, named: str | None) -> str:
-        """The group that a request means. Raises ValidationError when there can be no such group."""
-        if named is not None and not is_topic_name(named):
-            raise ValidationError(f"group={named!r}: there can be no such group")
+        """The group that a request means."""
         return named or self.settings.group
 
     def letters(self, group: str | None) -> DeadLetters:

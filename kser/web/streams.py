@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final, NamedTuple
 
 from kser.errors import Error, ValidationError
@@ -60,7 +60,7 @@ class _Listener:
 
 
 class _Hub:
-    """Reads the newest records of a group and gives them to who listens. Its thread ends when nobody has for a while."""
+    """Reads the newest records of a group for all who listen. Its thread ends when nobody has for a while."""
 
     def __init__(self, transport: Transport, group: str, closing: threading.Event) -> None:
         self._transport = transport
@@ -224,8 +224,8 @@ class EventStream:
             done()
 
 
-def _chunks(source: _Source) -> "Any":
-    """The stream as bytes: a generator."""
+def _chunks(source: _Source) -> Generator[bytes, None, None]:
+    """The stream as bytes."""
     yield b"retry: 3000\n\n"
     view = OperationView(source.uuid or "")
     try:

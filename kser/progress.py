@@ -1,0 +1,117 @@
+"""Progress of a build as a tree: groups inside groups, each with numbers of its own or the sum of what is in it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["SEPARATOR", "ProgressReport", "parse_group"]
+
+#: Between the names of nested groups, where a group is written as one text.
+SEPARATOR = "::"
+
+#: One row of progress: group path, current, total, status line.
+Row = tuple[Sequence[str] | str | None, int, int, str]
+
+
+def parse_group(name: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The names of nested groups: of a tuple or list, of a text with ``::`` between them; () for None and "".
+
+    Raises TypeError when it is none of these.
+    """
+    if name is None:
+        return ()
+    if isinstance(name, str):
+        return tuple(part for part in name.split(SEPARATOR) if part)
+    if isinstance(name, (tuple, list)) and all(isinstance(part, str) for part in name):
+        return tuple(part for whole in name for part in whole.split(SEPARATOR) if part)
+    raise TypeError(f"group_name={name!r}: give a text, a tuple or list of texts, or None for the top level")
+
+
+@dataclass(init=False, slots=True, repr=False, eq=True)
+class ProgressReport:
+    """How far a group has come, and the groups inside it.
+
+    Args:
+        name: of the group; None at the top.
+        current: steps done; None: the sum of the children's.
+        total: steps there are; None: the sum of the children's.
+        status_line: what happens now, in words.
+        children: the groups inside.
+    """
+
+    name: str | None
+    status_line: str | None
+    children: list["ProgressReport"]
+    _current: int | None
+    _total: int | None
+
+    def __init__(
+        self,
+        name: str | None,
+        current: int | None = None,
+        total: int | None = None,
+        status_line: str | None = None,
+        children: "Iterable[ProgressReport] | None" = None,
+    ) -> None:
+        self.name = name
+        self.status_line = status_line
+        self.children = list(children or ())
+        self._current = current
+        self._total = total
+
+    @classmethod
+    def from_table(cls, rows: Iterable[Row], name: str | None = None) -> "ProgressReport":
+        """The tree of rows (group, current, total, status line), in any order; groups in the order they come in.
+
+        Raises TypeError for a group that is no text, tuple, list or None.
+        """
+        root = cls(name)
+        for group, current, total, status_line in rows:
+            node = root
+            for part in parse_group(group):
+                node = node._child(part)
+            node._current, node._total, node.status_line = current, total, status_line or None
+        return root
+
+    @property
+    def current(self) -> int:
+        """Steps done: its own number, else the sum of the children's."""
+        return self._current if self._current is not None else sum(child.current for child in self.children)
+
+    @property
+    def total(self) -> int:
+        """Steps there are: its own number, else the sum of the children's."""
+        return self._total if self._total is not None else sum(child.total for child in self.children)
+
+    @property
+    def percent(self) -> float:
+        """0.0 to 100.0 as the numbers say; 0.0 when there is nothing to do."""
+        return self.current * 100.0 / self.total if self.total else 0.0
+
+    @property
+    def label(self) -> str:
+        """As in ``5/10 (50%)``."""
+        return f"{self.current}/{self.total} ({self.percent:.0f}%)"
+
+    def to_json(self) -> dict[str, Any]:
+        """name, current, total, percent, label, status_line, and children of the same form."""
+        return {
+            "name": self.name,
+            "current": self.current,
+            "total": self.total,
+            "percent": self.percent,
+            "label": self.label,
+            "status_line": self.status_line,
+            "children": [child.to_json() for child in self.children],
+        }
+
+    def _child(self, name: str) -> "ProgressReport":
+        for child in self.children:
+            if child.name == name:
+                return child
+        made = ProgressReport(name)
+        self.children.append(made)
+        return made
+
+    def __repr__(self) -> str:
+        return f"ProgressReport({self.name!r}, {self.label}, {len(self.children)} children)"
