@@ -22,6 +22,7 @@ from kser.cli.options import example, format_option, need_command, outer_log_lev
 from kser.cli.send import send
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
+from kser.cli.web import web
 from kser.cli.worker import worker
 
 __all__ = ["cli", "main"]
@@ -107,7 +108,7 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
     need_command(ctx)
 
 
-for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, broker):
+for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, web, broker):
     cli.add_command(_command)
 for _command in (abort, pause, resume, paused):
     cli.add_command(_command)

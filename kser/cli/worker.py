@@ -2,19 +2,17 @@
 
 import contextlib
 import faulthandler
-import io
 import logging
 import os
 import re
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
 
-from kser.cli import logs
+from kser.cli import logs, standard_input
 from kser.cli.connection import Connection
 from kser.cli.errors import CommandFailed
 from kser.cli.options import (
@@ -252,10 +250,10 @@ def worker(
         # The settings are checked by now: what is wrong with them is told once, not by each child.
         several = Processes(_commands(processes, name, health), drain_s=drain, ended=(1, 2, TWIN))
         if stop_with_stdin:
-            _stop_with_stdin(lambda: several.stopping, several.stop)
+            standard_input.stop_with_stdin(lambda: several.stopping, several.stop)
         sys.exit(several.run())
     if stop_with_stdin:
-        _stop_with_stdin(lambda: running.stopping, running.stop)
+        standard_input.stop_with_stdin(lambda: running.stopping, running.stop)
     logger.info(
         "Worker.Starting... %s, group %s, topics %s, brokers %s",
         running.name,
@@ -337,34 +335,3 @@ def _without(arguments: Sequence[str], option_name: str) -> list[str]:
         elif not argument.startswith(f"{option_name}="):
             kept.append(argument)
     return kept
-
-
-def _stop_with_stdin(stopping: Callable[[], int], stop: Callable[[], None]) -> None:
-    """Have ``stop`` called for each byte of stdin and for its end, unless a signal has asked as often already.
-
-    Args:
-        stopping: how often it has been asked.
-        stop: asks once more.
-    """
-
-    def listen() -> None:
-        told = 0
-        while read := _read_stdin():
-            told += len(read)
-            while stopping() < told:
-                stop()
-        logger.info("Standard input has ended")
-        if not stopping():
-            stop()
-
-    threading.Thread(target=listen, name="kser-stdin", daemon=True).start()
-
-
-def _read_stdin() -> bytes:
-    try:
-        # Not through sys.stdin: Python aborts when it ends while a thread waits there, holding its lock.
-        return os.read(sys.stdin.fileno(), 1)
-    except io.UnsupportedOperation:
-        return sys.stdin.buffer.read(1)  # in tests it is no file
-    except (AttributeError, OSError, ValueError):
-        return b""  # closed, or its terminal is gone

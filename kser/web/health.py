@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import flask
 
-from kser.errors import Error
+from kser.errors import ConfigurationError, Error
 from kser.web.blueprint import ApiBlueprint
 from kser.web.schemas import HealthSchema
 from kser.web.site import Site, site
@@ -47,6 +47,8 @@ def _ask(here: Site) -> str:
     if here.has_storage:
         try:
             here.history.list_projections()
+        except ConfigurationError:
+            return "the storage has no tables of this release"
         except Error:
             return "the storage does not answer"
     return ""

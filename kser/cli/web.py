@@ -1,0 +1,135 @@
+"""``kser web``: the REST API."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from kser.cli.connection import Connection
+from kser.cli.errors import CommandFailed
+from kser.cli.options import TopicName, example, group_option, kafka_options, log_level_option, option
+from kser.cli.standard_input import stop_with_stdin
+from kser.loading import load
+from kser.worker.shutdown import stopping_on_signals
+
+if TYPE_CHECKING:
+    from kser.storage import StorageBase
+
+__all__ = ["web"]
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks whether the server is still there.
+_LOOK_S = 0.5
+
+
+@click.command(
+    "web",
+    short_help="Serve the REST API of a group.",
+    epilog=example(
+        "kser web --group shop --storage sqlite:///kser.db --bootstrap-servers 127.0.0.1:9092",
+        "kser web shop.tasks:registry --topic shop --group shop",
+        "KSER_WEB_TOKEN=$(openssl rand -hex 32) kser web --host 0.0.0.0 --group shop",
+    ),
+)
+@click.argument("registry", metavar="[MODULE_OR_FILE:REGISTRY]", required=False)
+@option(
+    "--host",
+    variable="KSER_WEB_HOST",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where it listens; one that others can reach takes a token.",
+)
+@option(
+    "--port",
+    variable="KSER_WEB_PORT",
+    type=click.IntRange(0, 65535),
+    default=5000,
+    show_default=True,
+    metavar="PORT",
+    help="TCP port; 0 takes a free one.",
+)
+@option(
+    "--token",
+    variable="KSER_WEB_TOKEN",
+    metavar="TEXT",
+    help="What callers have to send, as `Authorization: Bearer TEXT`. Others on this machine can see the options of a "
+    "command: better set the variable.",
+)
+@option("--storage", metavar="URL", help="What happened: sqlite:///kser.db, postgresql://user:password@host/db.")
+@group_option
+@option("--topic", type=TopicName(), metavar="NAME", help="Where what names no topic is launched.")
+@option(
+    "--threads",
+    variable="KSER_WEB_THREADS",
+    type=click.IntRange(2, 500),
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Requests that are answered at a time; up to half of them may be streams of events.",
+)
+@option(
+    "--stop-with-stdin",
+    "leashed",
+    is_flag=True,
+    help="Stop when stdin ends or brings a byte: for a parent that must leave no server behind.",
+)
+@kafka_options
+@log_level_option("info")
+def web(
+    registry: str | None,
+    host: str,
+    port: int,
+    token: str | None,
+    storage: str | None,
+    group: str | None,
+    topic: str | None,
+    threads: int,
+    leashed: bool,
+    connection: Connection,
+) -> None:
+    """Serve the REST API of a group below /api/1, until SIGTERM or Ctrl-C; /api/1/openapi.json describes it.
+
+    With a registry the operations that are launched are built here, and their parameters checked; else a worker does
+    it. Without --storage there is no history, and the rest is there.
+    """
+    from kser.http.guard import check_listen  # here: they load Flask
+    from kser.http.serving import Server
+    from kser.web import WebSettings, create_app
+
+    check_listen(host, token)
+    loaded = load(registry) if registry else None
+    named = connection.group(group)
+    settings = WebSettings(group=named, token=token, topic=connection.topic(topic), max_streams=max(threads // 2, 1))
+    ended = threading.Event()
+    with _opened(storage) as history:
+        app = create_app(connection.transport(), storage=history, registry=loaded, settings=settings)
+        site = app.extensions["kser"]
+        server = Server(app, host=host, port=port, token=token, threads=threads, on_stop=site.streams.close)
+        if leashed:
+            stop_with_stdin(lambda: int(ended.is_set()), ended.set)
+        with contextlib.closing(site), server, stopping_on_signals(ended.set):
+            logger.info("Web.Starting... the API of group %s on %s/api/1/openapi.json", named, server.url)
+            while not ended.wait(_LOOK_S):
+                if not server.alive:
+                    raise CommandFailed(f"The server on {server.url} has ended; the log says why")
+    logger.info("Web.Stopped")
+
+
+@contextlib.contextmanager
+def _opened(url: str | None) -> Iterator["StorageBase | None"]:
+    """The storage, while the block runs. Raises ConfigurationError when there can be none."""
+    if not url:
+        yield None
+        return
+    from kser.storage import get_storage_from_url  # here: it loads SQL
+
+    storage = get_storage_from_url(url)
+    try:
+        yield storage
+    finally:
+        storage.close()
