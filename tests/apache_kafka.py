@@ -93,12 +93,16 @@ class PortTakenError(KafkaStartError):
 
 
 class Keeper:
-    """This process's side of tests/keeper.py. May be shared by threads."""
+    """This process's side of tests/keeper.py. May be shared by threads.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: of the name of its folder.
+    """
+
+    def __init__(self, prefix: str = FOLDER_PREFIX) -> None:
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("keeper.py")), str(os.getpid())]
         self._process = subprocess.Popen(
-            [*command, FOLDER_PREFIX],
+            [*command, prefix],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

@@ -7,14 +7,20 @@ groups and transactional ids of its own. A test that breaks a broker on purpose 
 
 import logging
 import os
+import uuid
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 from kser.confluent.embedded import EmbeddedBroker
+from kser.storage import get_storage_from_url
+from kser.storage.sql import SqlStorage
 from tests import brokers, kafka_jars
 from tests.apache_kafka import ApacheKafka, KafkaUnavailableError
-from tests.needs import APACHE_KAFKA, need, summary
+from tests.needs import APACHE_KAFKA, POSTGRESQL, need, summary
+from tests.postgresql import CURE, PostgreSQL
+from tests.postgresql import unavailable as no_postgresql
 
 #: Fixtures, and the marker that a test gets by using one of them, directly or through another fixture.
 MARKERS = {"apache": "apache", "apache3": "apache", "embedded": "embedded"}
@@ -112,6 +118,40 @@ def embedded() -> Iterator[EmbeddedBroker]:
 
 
 @pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQL]:
+    """A real PostgreSQL."""
+    if reason := no_postgresql():
+        need(POSTGRESQL, reason, cure=CURE)
+    with PostgreSQL() as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The URL of a storage that no other test has, on each database; without its tables, but for that in memory."""
+    if request.param == "memory":
+        return "memory:"
+    return _new_database(request, tmp_path)
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """As storage_url, of databases that several storages and processes may open."""
+    return _new_database(request, tmp_path)
+
+
+@pytest.fixture
+def storage(storage_url: str) -> Iterator[SqlStorage]:
+    """A storage with its tables, on each database."""
+    opened = get_storage_from_url(storage_url)
+    assert isinstance(opened, SqlStorage)
+    opened.install()
+    yield opened
+    opened.uninstall()
+    opened.close()
+
+
+@pytest.fixture(scope="session")
 def topic_name() -> Callable[..., str]:
     """``topic_name("orders")`` is a name that no other test has: for topics, groups, transactional ids."""
     return brokers.unique
@@ -121,6 +161,13 @@ def topic_name() -> Callable[..., str]:
 def make_topic() -> Callable[..., str]:
     """``make_topic(apache, partitions=6, prefix="orders")`` is the name of a new topic on that broker."""
     return brokers.make_topic
+
+
+def _new_database(request: pytest.FixtureRequest, folder: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{folder}/kser.db"
+    url: str = request.getfixturevalue("postgresql").url(f"t{uuid.uuid4().hex[:12]}_")
+    return url
 
 
 #: Why fetching failed before the first test; it is not tried again.

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, NoReturn
 
 import pytest
 
-__all__ = ["APACHE_KAFKA", "need", "required", "summary"]
+__all__ = ["APACHE_KAFKA", "POSTGRESQL", "need", "required", "summary"]
 
 APACHE_KAFKA = "Apache Kafka"
+POSTGRESQL = "PostgreSQL"
 _VARIABLES = {APACHE_KAFKA: "KSER_REQUIRE_KAFKA"}
 
 

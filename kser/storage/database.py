@@ -8,7 +8,7 @@ from urllib.parse import unquote
 
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
@@ -16,7 +16,7 @@ from kser.errors import ConfigurationError, Error, StorageError
 from kser.storage.schema import DEFAULT_PREFIX, Tables, check_prefix
 from kser.storage.urls import safe_url
 
-__all__ = ["Database", "insert"]
+__all__ = ["Database", "chunks", "insert"]
 
 #: Seconds to wait for a connection, a lock, an answer.
 _CONNECT_S = 10
@@ -71,7 +71,7 @@ class Database:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """Errors of the database as kser's own."""
+        """Errors of the database as kser's own; ``extra["refused"]`` True for values that it will never take."""
         try:
             yield
         except PoolTimeoutError as exc:
@@ -87,7 +87,8 @@ class Database:
                 f"Storage {self.shown} lacks tables of this release of kser ({said.splitlines()[0][:200]}): run "
                 "kser install --storage URL"
             )
-        return StorageError(f"Storage {self.shown}: {said[:500]}")
+        refused = isinstance(exc, (DataError, IntegrityError)) or not isinstance(exc, DBAPIError)
+        return StorageError(f"Storage {self.shown}: {said[:500]}", extra={"refused": refused})
 
 
 def insert(connection: Connection, table: Table) -> Any:

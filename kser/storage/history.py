@@ -13,10 +13,11 @@ from kser.storage.database import Database, chunks
 from kser.storage.values import as_utc, from_ms, load_json, now
 from kser.storage.views import Execution, LogLine, ProjectionView, TimelineEvent, WorkerView
 
-__all__ = ["GONE_AFTER_S", "History"]
+__all__ = ["History", "worker_state"]
 
-#: Seconds without a sign of life after which a worker counts as gone.
-GONE_AFTER_S = 60.0
+#: A worker that was silent for so many of its intervals is gone, but not within so many seconds: clocks differ.
+_MISSED = 3
+_LEAST_S = 5.0
 _KINDS = ("operation", "task")
 
 
@@ -149,13 +150,15 @@ class History:
 
     # -- the fleet -----------------------------------------------------------------------------------------------------
 
-    def list_workers(self, *, gone_after_s: float = GONE_AFTER_S) -> list[WorkerView]:
-        """The workers that told of themselves, by group and name; who was silent for ``gone_after_s`` is gone."""
+    def list_workers(self) -> list[WorkerView]:
+        """The workers that told of themselves, by group and name.
+
+        A worker tells how soon it will say something again; who is silent for three times that is gone.
+        """
         worker = self._tables.worker
-        oldest = now() - timedelta(seconds=gone_after_s)
         with self._database.read() as connection:
             rows = connection.execute(select(worker)).all()
-        views = [_worker(row, oldest) for row in rows]
+        views = [_worker(row) for row in rows]
         return sorted(views, key=lambda view: (view.group, view.name))
 
     def list_projections(self) -> list[ProjectionView]:
@@ -268,8 +271,10 @@ def _result(row: Row[Any]) -> dict[str, Any] | None:
 def _tree(top: Row[Any], rows: Sequence[Row[Any]]) -> Execution:
     """``top`` with those of ``rows`` that are in it. Built from the inside out: there may be many levels."""
     children: dict[str, list[Row[Any]]] = {}
+    known = {row.uuid for row in rows}
     for row in sorted(rows, key=lambda row: (row.run, row.position, row.attempt, row.uuid)):
-        children.setdefault(row.parent or row.root, []).append(row)
+        # What is in an operation that nobody has told of yet is shown below the root.
+        children.setdefault(row.parent if row.parent in known else row.root, []).append(row)
     order, waiting, seen = [], [top], {top.uuid}
     while waiting:
         row = waiting.pop()
@@ -327,16 +332,24 @@ def _log_line(row: Row[Any]) -> LogLine:
     )
 
 
-def _worker(row: Row[Any], oldest: datetime) -> WorkerView:
-    state = "stopped" if row.stopped else "gone" if row.seen < oldest else "running"
+def worker_state(row: Row[Any]) -> str:
+    """What a worker told of its state; "gone" when it should have told something long ago."""
+    overdue = row.seen + timedelta(seconds=max(_MISSED * row.interval_s, _LEAST_S)) < now()
+    return "gone" if overdue and row.state != "stopped" else str(row.state)
+
+
+def _worker(row: Row[Any]) -> WorkerView:
+    data, state = load_json(row.data), worker_state(row)
+    versions = {name: data[field] for name, field in (("kser", "version"), ("python", "python")) if data.get(field)}
     return WorkerView(
         name=row.name,
         group=row.group_name,
-        hostname=row.hostname,
-        pid=row.pid,
-        versions=load_json(row.versions),
+        hostname=data.get("host"),
+        pid=data.get("pid"),
+        versions=versions,
         started=row.started,
         seen=row.seen,
         state=state,
-        running=load_json(row.running) if state == "running" else (),
+        running=[] if state in ("gone", "stopped") else data.get("running") or [],
+        data=data,
     )

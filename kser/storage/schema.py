@@ -10,13 +10,13 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Float,
     ForeignKey,
     Index,
     Integer,
     MetaData,
     Table,
     Text,
-    UniqueConstraint,
     text,
 )
 from sqlalchemy.types import TypeDecorator
@@ -152,6 +152,9 @@ class Tables:
             Column("current", BigInteger, nullable=False),
             Column("total", BigInteger, nullable=False),
             Column("status_line", CleanText, nullable=False),
+            # When the execution that told it began, and which of its reports it was; 0 for what came by a call.
+            Column("began", BigInteger, nullable=False),
+            Column("n", BigInteger, nullable=False),
         )
 
     def _log(self) -> Table:
@@ -166,7 +169,8 @@ class Tables:
             Column("exception", Text),
             Column("exception_tb", Text),
             Column("worker", CleanText),
-            *self._coordinates(),
+            # The same for a record that was told twice; NULL for what came by a call.
+            Column("identity", Text, unique=True),
             self._index("log", "build_id", "id"),
             self._index("log", "created", "id"),
         )
@@ -185,11 +189,15 @@ class Tables:
             Column("attempt", Integer, nullable=False),
             Column("phase", Integer, nullable=False),
             Column("worker", CleanText, nullable=False),
-            # The record as it was told.
-            Column("data", CleanText, nullable=False),
-            *self._coordinates(),
+            # The record as it was told, and where.
+            Column("data", Text, nullable=False),
+            Column("cluster", CleanText, nullable=False),
+            Column("topic", CleanText, nullable=False),
+            Column("partition", Integer, nullable=False),
+            Column("offset", BigInteger, nullable=False),
             self._index("event", "uuid"),
             self._index("event", "root"),
+            self._index("event", "topic", "partition", "offset"),
         )
 
     def _worker(self) -> Table:
@@ -197,13 +205,13 @@ class Tables:
             "worker",
             Column("name", CleanText, primary_key=True),
             Column("group_name", CleanText, primary_key=True),
-            Column("hostname", CleanText),
-            Column("pid", BigInteger),
-            Column("versions", Text, nullable=False),
-            Column("running", Text, nullable=False),
+            Column("state", CleanText, nullable=False),
             Column("started", UtcTime),
             Column("seen", UtcTime, nullable=False),
-            Column("stopped", Boolean, nullable=False),
+            # Seconds within which it says something again.
+            Column("interval_s", Float, nullable=False),
+            # The record as it was told.
+            Column("data", Text, nullable=False),
         )
 
     def _projection(self) -> Table:
@@ -220,14 +228,3 @@ class Tables:
     def _build_reference(self, **options: Any) -> Column[Any]:
         target = ForeignKey(f"{self.prefix}build.id", ondelete="CASCADE")
         return Column("build_id", BigId, target, **options)
-
-    @staticmethod
-    def _coordinates() -> list[Any]:
-        """Where it was told. NULL for what came by a call."""
-        return [
-            Column("cluster", CleanText),
-            Column("topic", CleanText),
-            Column("partition", Integer),
-            Column("offset", BigInteger),
-            UniqueConstraint("cluster", "topic", "partition", "offset"),
-        ]

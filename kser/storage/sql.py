@@ -210,7 +210,7 @@ class SqlStorage(StorageBase):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}={value!r}: give a whole number")
         progress = self._tables.build_progress
-        said = {"current": current, "total": total, "status_line": status_line or ""}
+        said = {"current": current, "total": total, "status_line": status_line or "", "began": 0, "n": 0}
         key = {"build_id": build_id, "group_name": SEPARATOR.join(parse_group(group_name))}
         with self.database.write() as connection:
             self._row(connection, build_id)

@@ -5,9 +5,12 @@ import math
 from datetime import UTC, datetime
 from typing import Any
 
+import orjson
+
+from kser import results
 from kser.errors import SerializationError, ValidationError
 
-__all__ = ["as_utc", "clean_text", "dump_json", "from_ms", "load_json", "now", "one_line"]
+__all__ = ["as_utc", "clean_text", "dump_any_json", "dump_json", "from_ms", "load_json", "now", "one_line"]
 
 _DEEPEST = 200
 
@@ -44,6 +47,14 @@ def dump_json(value: Any, what: str) -> str:
     """
     _check(value, what, 0)
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def dump_any_json(value: Any) -> str:
+    """``value``, which came out of JSON, as JSON text again. Never raises: what cannot be written becomes text."""
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # large numbers, lone surrogates
+        return json.dumps(results.json_safe(value), separators=(",", ":"))
 
 
 def load_json(text: str | None) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -189,15 +189,17 @@ class WorkerView:
     group: str
     hostname: str | None
     pid: int | None
-    #: What it runs with: name -> version.
-    versions: Mapping[str, str] = field(default_factory=dict)
+    #: What it runs with: "kser" and "python" -> version.
+    versions: Mapping[str, str]
     started: datetime | None
-    #: When the last sign of life of it was told.
+    #: When it told of itself last, by its own clock.
     seen: datetime
-    #: "running", "stopped" (it said so) or "gone" (it was not heard of for long).
+    #: "starting", "running", "draining", "stopped" as it told; "gone": it was to tell something long ago.
     state: str
-    #: What it runs: uuid, entrypoint, since.
-    running: Sequence[Mapping[str, Any]] = ()
+    #: What it runs: uuid, entrypoint, seconds, heartbeat_s_ago. At most 100, the longest first.
+    running: Sequence[Mapping[str, Any]]
+    #: All that it told.
+    data: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """All fields; times as ISO 8601."""
@@ -211,6 +213,7 @@ class WorkerView:
             "seen": _time(self.seen),
             "state": self.state,
             "running": [dict(task) for task in self.running],
+            "data": self.data,
         }
 
 

@@ -81,6 +81,8 @@ def _make_build_progress(prefix: str) -> None:
         sa.Column("current", sa.BigInteger, nullable=False),
         sa.Column("total", sa.BigInteger, nullable=False),
         sa.Column("status_line", sa.Text, nullable=False),
+        sa.Column("began", sa.BigInteger, nullable=False),
+        sa.Column("n", sa.BigInteger, nullable=False),
     )
 
 
@@ -96,7 +98,7 @@ def _make_log(prefix: str) -> None:
         sa.Column("exception", sa.Text),
         sa.Column("exception_tb", sa.Text),
         sa.Column("worker", sa.Text),
-        *_coordinates(),
+        sa.Column("identity", sa.Text, unique=True),
     )
     _index(prefix, "log", "build_id", "id")
     _index(prefix, "log", "created", "id")
@@ -116,10 +118,14 @@ def _make_event(prefix: str) -> None:
         sa.Column("phase", sa.Integer, nullable=False),
         sa.Column("worker", sa.Text, nullable=False),
         sa.Column("data", sa.Text, nullable=False),
-        *_coordinates(),
+        sa.Column("cluster", sa.Text, nullable=False),
+        sa.Column("topic", sa.Text, nullable=False),
+        sa.Column("partition", sa.Integer, nullable=False),
+        sa.Column("offset", sa.BigInteger, nullable=False),
     )
     _index(prefix, "event", "uuid")
     _index(prefix, "event", "root")
+    _index(prefix, "event", "topic", "partition", "offset")
 
 
 def _make_worker(prefix: str) -> None:
@@ -127,13 +133,11 @@ def _make_worker(prefix: str) -> None:
         f"{prefix}worker",
         sa.Column("name", sa.Text, primary_key=True),
         sa.Column("group_name", sa.Text, primary_key=True),
-        sa.Column("hostname", sa.Text),
-        sa.Column("pid", sa.BigInteger),
-        sa.Column("versions", sa.Text, nullable=False),
-        sa.Column("running", sa.Text, nullable=False),
+        sa.Column("state", sa.Text, nullable=False),
         sa.Column("started", _TIME),
         sa.Column("seen", _TIME, nullable=False),
-        sa.Column("stopped", sa.Boolean, nullable=False),
+        sa.Column("interval_s", sa.Float, nullable=False),
+        sa.Column("data", sa.Text, nullable=False),
     )
 
 
@@ -154,13 +158,3 @@ def _index(prefix: str, table: str, *columns: str, **options: Any) -> None:
 
 def _build_reference(prefix: str, **options: Any) -> sa.Column[Any]:
     return sa.Column("build_id", _BIG_ID, sa.ForeignKey(f"{prefix}build.id", ondelete="CASCADE"), **options)
-
-
-def _coordinates() -> list[Any]:
-    return [
-        sa.Column("cluster", sa.Text),
-        sa.Column("topic", sa.Text),
-        sa.Column("partition", sa.Integer),
-        sa.Column("offset", sa.BigInteger),
-        sa.UniqueConstraint("cluster", "topic", "partition", "offset"),
-    ]

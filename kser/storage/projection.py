@@ -1,0 +1,414 @@
+"""Projection: records of the events and telemetry topics become rows, each once, whoever gives them and how often.
+
+A batch is one SQL transaction:
+
+1. The offsets are moved on, if they still are where this process left them. Are they not, another recorder has moved
+   them: nothing is stored, and this one looks where to go on (StaleError).
+2. A row of the table build is made and locked for everything the batch tells of, and for the operations around it.
+3. The events go into the timeline. A repetition of one that is there is dropped.
+4. Each row is computed anew from all events of its uuid (kser.storage.folding), so it never depends on their order.
+5. What an operation says of its steps is made true: it began when its first step did, and none of its steps goes on
+   after its end.
+6. Progress, log records and what workers tell of themselves are stored.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, Row, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy.orm import aliased
+
+from kser.progress import SEPARATOR
+from kser.status import Status
+from kser.storage.database import Database, chunks, insert
+from kser.storage.folding import fold
+from kser.storage.history import worker_state
+from kser.storage.records import LogTold, ProgressTold, Told, WorkerTold, parse, stored
+from kser.storage.schema import Tables
+from kser.storage.values import dump_any_json, from_ms, now
+from kser.transport import Partition, Record
+
+__all__ = ["Projection", "StaleError"]
+
+#: Columns of JSON among those that fold() gives.
+_JSON = ("params", "retval", "exception", "exception_tb")
+_FINAL = tuple(str(status) for status in Status if status.final)
+
+
+class StaleError(Exception):
+    """Another recorder has stored records of these partitions: look where it left off."""
+
+
+class _Batch(NamedTuple):
+    """What the records of a batch tell, by kind, each in the order it was told."""
+
+    events: list[Told]
+    progress: list[ProgressTold]
+    logs: list[LogTold]
+    workers: list[WorkerTold]
+
+    @property
+    def about(self) -> list[Told]:
+        """What is told of operations and tasks."""
+        return [*self.events, *(told.about for told in self.progress), *(told.about for told in self.logs)]
+
+
+class Projection:
+    """Puts records into a storage. See the module.
+
+    Args:
+        database: of a SqlStorage with its tables.
+        cluster: id of the Kafka cluster that the records are of.
+        group: whose events they are.
+
+    Thread rule: one thread uses it. Any number of them, in any processes, may work on one database.
+    """
+
+    def __init__(self, database: Database, cluster: str, group: str) -> None:
+        self._database = database
+        self._tables: Tables = database.tables
+        self._cluster = cluster
+        self._group = group
+        #: Next offset of each partition, as this process knows it is stored; None: nothing is stored.
+        self._next: dict[Partition, int | None] = {}
+
+    def positions(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
+        """The next offset to record of each of these partitions; None where nothing of it is recorded."""
+        projection = self._tables.projection
+        query = select(projection).where(projection.c.cluster == self._cluster)
+        with self._database.read() as connection:
+            found = {Partition(row.topic, row.partition): row.next_offset for row in connection.execute(query)}
+        looked_up = {partition: found.get(partition) for partition in partitions}
+        self._next |= looked_up
+        return looked_up
+
+    def forget(self, partitions: Iterable[Partition]) -> None:
+        """Drop what is known of partitions that another recorder has now."""
+        for partition in partitions:
+            self._next.pop(partition, None)
+
+    def apply(self, records: Sequence[Record], *, pass_over: bool = False) -> int:
+        """Store these records, those of partitions that positions() was asked for; how many of them were new.
+
+        Args:
+            records: each partition's in its order.
+            pass_over: go on behind them, and store nothing of what they tell.
+
+        Raises StaleError when another recorder was faster, and StorageError: nothing is stored in either case.
+        """
+        known = self._next
+        fresh = [record for record in records if record.of in known and record.offset >= (known[record.of] or 0)]
+        if not fresh:
+            return 0
+        upto: dict[Partition, int] = {}
+        for record in fresh:
+            upto[record.of] = max(upto.get(record.of, 0), record.offset + 1)
+        batch = self._sorted([] if pass_over else fresh)
+        with self._database.write() as connection:
+            self._claim(connection, upto)
+            self._store(connection, batch)
+        self._next |= upto
+        return len(fresh)
+
+    def close_dead(self) -> int:
+        """See that nothing is RUNNING for ever; the number of tasks that were not running any more.
+
+        A task whose worker is gone waits for another one: PENDING, until one takes it up. A task whose operation has
+        ended is ABORTED.
+        """
+        build, worker = self._tables.build, self._tables.worker
+        running = and_(~build.c.finished, build.c.status == str(Status.RUNNING), build.c.kind == "task")
+        query = (
+            select(build.c.id, build.c.worker, build.c.start_time, build.c.uuid, worker)
+            .join(worker, and_(worker.c.name == build.c.worker, worker.c.group_name == build.c.group_name))
+            .where(running)
+        )
+        with self._database.write() as connection:
+            closed = self._end_steps(connection, None)
+            for row in connection.execute(query).all():
+                if (why := _why_gone(row)) is not None:
+                    values = {"status": str(Status.PENDING), "note": why}
+                    same = and_(build.c.id == row.id, running, build.c.worker == row.worker)
+                    closed += connection.execute(update(build).where(same).values(values)).rowcount
+        return closed
+
+    def forget_topics(self, starts: Mapping[Partition, int]) -> None:
+        """Begin these partitions again: forget their offsets, and their events from these offsets on.
+
+        ``starts``: the first offset there still is. What was told before it is proved by nothing but the storage: kept.
+        """
+        projection, event = self._tables.projection, self._tables.event
+        with self._database.write() as connection:
+            for (topic, partition), start in starts.items():
+                for table in (projection, event):
+                    here = [
+                        table.c.cluster == self._cluster,
+                        table.c.topic == topic,
+                        table.c.partition == partition,
+                    ]
+                    if table is event:
+                        here.append(event.c.offset >= start)
+                    connection.execute(delete(table).where(*here))
+                self._next.pop(Partition(topic, partition), None)
+
+    # -- one batch -----------------------------------------------------------------------------------------------------
+
+    def _sorted(self, records: Sequence[Record]) -> _Batch:
+        batch = _Batch([], [], [], [])
+        lists: dict[type, list[Any]] = {
+            Told: batch.events,
+            ProgressTold: batch.progress,
+            LogTold: batch.logs,
+            WorkerTold: batch.workers,
+        }
+        for record in records:
+            told = parse(record, self._cluster)
+            if told is not None:
+                lists[type(told)].append(told)
+        return batch
+
+    def _claim(self, connection: Connection, upto: Mapping[Partition, int]) -> None:
+        projection = self._tables.projection
+        for partition, offset in sorted(upto.items()):  # in one order everywhere, so that no two wait for each other
+            expected = self._next[partition]
+            values = {"next_offset": offset, "updated": now()}
+            key = {"cluster": self._cluster, "topic": partition.topic, "partition": partition.partition}
+            if expected is None:
+                statement = insert(connection, projection).values(**key, **values).on_conflict_do_nothing()
+            else:
+                here = [projection.c[name] == value for name, value in key.items()]
+                statement = update(projection).where(*here, projection.c.next_offset == expected).values(values)
+            if connection.execute(statement.returning(projection.c.partition)).first() is None:
+                raise StaleError(f"{partition.topic}[{partition.partition}] is not at {expected} any more")
+
+    def _store(self, connection: Connection, batch: _Batch) -> None:
+        about = batch.about
+        if about:
+            rows = self._lock_builds(connection, about)
+            self._add_events(connection, batch.events)
+            told_of = {told.uuid for told in batch.events}
+            self._refold(connection, [rows[uuid] for uuid in sorted(told_of)])
+            roots = sorted({told.root for told in about if told.root is not None})
+            self._settle_roots(connection, roots)
+            self._add_progress(connection, batch.progress, rows)
+            self._add_logs(connection, batch.logs, rows)
+        self._add_workers(connection, batch.workers)
+
+    def _lock_builds(self, connection: Connection, about: Sequence[Told]) -> dict[str, Row[Any]]:
+        """A row for everything that is told of and the operations around it, locked until the end; by uuid."""
+        build = self._tables.build
+        wanted: dict[str, dict[str, Any]] = {}
+        for told in about:
+            wanted.setdefault(told.uuid, self._first_row(told, told.uuid))
+            if told.root is not None and told.root not in wanted:
+                wanted[told.root] = self._first_row(told, told.root)
+        uuids = sorted(wanted)  # in one order everywhere
+        statement = insert(connection, build).on_conflict_do_nothing()
+        connection.execute(statement, [wanted[uuid] for uuid in uuids])
+        found: dict[str, Row[Any]] = {}
+        columns = (build.c.id, build.c.uuid, build.c.job_id, build.c.job_config, build.c.created)
+        for some in chunks(uuids):
+            query = select(*columns).where(build.c.uuid.in_(some)).order_by(build.c.uuid).with_for_update()
+            found |= {row.uuid: row for row in connection.execute(query)}
+        return found
+
+    def _first_row(self, told: Told, uuid: str) -> dict[str, Any]:
+        """What is known of something before an event of its own is told: it runs."""
+        own = told.uuid == uuid
+        return {
+            "uuid": uuid,
+            "kind": "task" if own else "operation",
+            "job_id": told.entrypoint if own else "",
+            "entrypoint": told.entrypoint if own else "",
+            "root": told.root,
+            "parent": told.parent if own else None,
+            "is_top": told.root is None or told.root == uuid,
+            "run": told.run,
+            "position": told.position if own else 0,
+            "attempt": told.attempt if own else 1,
+            "status": str(Status.RUNNING),
+            "created": from_ms(told.at_ms) or now(),
+            "start_time": from_ms(told.began_ms) if own else None,
+            "started": True,
+            "finished": False,
+            "worker": (told.worker or None) if own else None,
+            "group_name": self._group,
+        }
+
+    def _add_events(self, connection: Connection, events: Sequence[Told]) -> None:
+        if not events:
+            return
+        rows = [
+            {
+                "identity": told.identity,
+                "type": told.type,
+                "uuid": told.uuid,
+                "root": told.root,
+                "run": told.run,
+                "position": told.position,
+                "attempt": told.attempt,
+                "phase": told.phase,
+                "worker": told.worker,
+                "data": dump_any_json(told.data),
+                "cluster": told.place[0],
+                "topic": told.place[1],
+                "partition": told.place[2],
+                "offset": told.place[3],
+            }
+            for told in events
+        ]
+        connection.execute(insert(connection, self._tables.event).on_conflict_do_nothing(), rows)
+
+    def _refold(self, connection: Connection, rows: Sequence[Row[Any]]) -> None:
+        event, build = self._tables.event, self._tables.build
+        events: dict[str, list[Told]] = {}
+        for some in chunks([row.uuid for row in rows]):
+            for found in connection.execute(select(event).where(event.c.uuid.in_(some))):
+                events.setdefault(found.uuid, []).append(stored(found))
+        changes = []
+        for row in rows:
+            values = fold(events.get(row.uuid, []))
+            if values is not None:
+                changes.append(self._columns(row, values))
+        if changes:
+            names = [name for name in changes[0] if name != "at_id"]
+            statement = update(build).where(build.c.id == bindparam("at_id"))
+            connection.execute(statement.values({name: bindparam(name) for name in names}), changes)
+
+    def _columns(self, row: Row[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        columns = {
+            name: dump_any_json(value) if name in _JSON and value is not None else value
+            for name, value in values.items()
+        }
+        columns |= {"at_id": row.id, "group_name": self._group, "job_id": row.job_id or values["entrypoint"]}
+        if row.job_config is not None:  # somebody created it before it was sent
+            columns["created"] = row.created
+        return columns
+
+    def _settle_roots(self, connection: Connection, roots: Sequence[str]) -> None:
+        for some in chunks(roots):
+            self._begin_roots(connection, some)
+            self._end_steps(connection, some)
+
+    def _begin_roots(self, connection: Connection, roots: Sequence[str]) -> None:
+        """An operation began when the first of its steps did; its own event is told only once that has ended."""
+        build = self._tables.build
+        step = aliased(build)
+        began = (
+            select(func.min(step.c.start_time))
+            .where(step.c.root == build.c.uuid, step.c.uuid != build.c.uuid, step.c.run == build.c.run)
+            .scalar_subquery()
+        )
+        earlier = or_(build.c.start_time.is_(None), began < build.c.start_time)
+        here = and_(build.c.uuid.in_(roots), began.is_not(None), earlier)
+        connection.execute(update(build).where(here).values(start_time=began))
+
+    def _end_steps(self, connection: Connection, roots: Sequence[str] | None) -> int:
+        """End what goes on in runs of these operations (None: of all) that are over; the number of steps.
+
+        A run is over when its end was told, or a newer one began. When such a step ended is not known.
+        """
+        build = self._tables.build
+        root = aliased(build)
+        newer = or_(root.c.run > build.c.run, and_(root.c.run == build.c.run, root.c.finished))
+        over = exists().where(root.c.uuid == build.c.root, newer)
+        here = and_(~build.c.finished, build.c.root.is_not(None), build.c.root != build.c.uuid, over)
+        if roots is not None:
+            here = and_(build.c.root.in_(roots), here)
+        values = {
+            "status": str(Status.ABORTED),
+            "finished": True,
+            "success": False,
+            "note": "its operation ended without it",
+        }
+        return connection.execute(update(build).where(here).values(values)).rowcount
+
+    def _add_progress(
+        self, connection: Connection, progress: Sequence[ProgressTold], rows: Mapping[str, Row[Any]]
+    ) -> None:
+        if not progress:
+            return
+        table = self._tables.build_progress
+        statement = insert(connection, table)
+        new = statement.excluded
+        later = or_(new.began > table.c.began, and_(new.began == table.c.began, new.n >= table.c.n))
+        names = ("current", "total", "status_line", "began", "n")
+        statement = statement.on_conflict_do_update(
+            index_elements=["build_id", "group_name"], set_={name: new[name] for name in names}, where=later
+        )
+        values = [
+            {
+                "build_id": rows[told.about.uuid].id,
+                "group_name": SEPARATOR.join(told.group),
+                "current": told.current,
+                "total": told.total,
+                "status_line": told.status_line,
+                "began": told.about.began_ms,
+                "n": told.n,
+            }
+            for told in progress
+        ]
+        connection.execute(statement, values)
+
+    def _add_logs(self, connection: Connection, logs: Sequence[LogTold], rows: Mapping[str, Row[Any]]) -> None:
+        if not logs:
+            return
+        values = [
+            {
+                "build_id": rows[told.about.uuid].id,
+                "created": from_ms(told.about.at_ms) or now(),
+                "level": told.level,
+                "logger": told.logger,
+                "message": told.message,
+                "exception": None if told.exception is None else dump_any_json(told.exception),
+                "exception_tb": None if told.traceback is None else dump_any_json(told.traceback),
+                "worker": told.about.worker,
+                "identity": told.about.identity,
+            }
+            for told in logs
+        ]
+        connection.execute(insert(connection, self._tables.log).on_conflict_do_nothing(), values)
+
+    def _add_workers(self, connection: Connection, workers: Sequence[WorkerTold]) -> None:
+        if not workers:
+            return
+        table = self._tables.worker
+        statement = insert(connection, table)
+        new = statement.excluded
+        names = ("state", "started", "seen", "interval_s", "data")
+        statement = statement.on_conflict_do_update(
+            index_elements=["name", "group_name"],
+            set_={name: new[name] for name in names},
+            where=new.seen >= table.c.seen,
+        )
+        newest = {told.name: told for told in sorted(workers, key=lambda told: told.seen)}
+        values = [
+            {
+                "name": told.name,
+                "group_name": self._group,
+                "state": told.state,
+                "started": from_ms(told.started_ms),
+                "seen": told.seen,
+                "interval_s": told.interval_s,
+                "data": dump_any_json(told.data),
+            }
+            for _, told in sorted(newest.items())
+        ]
+        connection.execute(statement, values)
+
+
+def _why_gone(row: Row[Any]) -> str | None:
+    """Why the task in this row does not run any more; None when it may."""
+    state = worker_state(row)
+    if state == "stopped":
+        return f"worker {row.worker} has stopped: it waits for another one"
+    if state == "gone":
+        return f"worker {row.worker} was not heard of since {_shown(row.seen)}: it waits for another one"
+    if row.started is not None and row.start_time is not None and row.started > row.start_time + timedelta(seconds=1):
+        return f"worker {row.worker} was started anew at {_shown(row.started)}: it waits to be taken up again"
+    return None
+
+
+def _shown(time: datetime) -> str:
+    return f"{time:%Y-%m-%d %H:%M:%S} UTC"

@@ -1,0 +1,207 @@
+"""Recorder: follows the events and telemetry of a group and keeps a storage up to date."""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from kser.errors import Error, OffsetLostError, StorageError
+from kser.events import events_topic
+from kser.storage.projection import Projection, StaleError
+from kser.storage.sql import SqlStorage
+from kser.transport import Partition, Position, Record, Source, Transport
+from kser.worker.topic_plan import Feature
+from kser.worker.topics import ensure_group_topics
+
+__all__ = ["Recorder", "recorder_group", "topics_of"]
+
+logger = logging.getLogger(__name__)
+
+#: Records in one transaction.
+_BATCH = 2000
+#: Seconds of a poll without records: how soon it stops.
+_POLL_S = 0.2
+#: Seconds between two looks for what died.
+_LOOK_S = 5.0
+#: Seconds before the next try after a failure, doubled each time, and the longest.
+_AGAIN_S, _AGAIN_MOST_S = 0.2, 10.0
+_ANSWER_S = 10.0
+
+
+def recorder_group(group: str) -> str:
+    """The consumer group of the recorders of a group of workers."""
+    return f"{group}.recorder"
+
+
+def topics_of(group: str) -> list[str]:
+    """The topics that a recorder follows."""
+    return [events_topic(group), f"{group}.telemetry"]
+
+
+class Recorder:
+    """Keeps a storage up to date with what the workers of a group tell. Any number of them share the work.
+
+    Where it goes on stands in the storage, in the same transaction as what was recorded: killed at any moment it loses
+    nothing and records nothing twice. A database or broker that is away is waited for.
+
+    Args:
+        transport: the broker.
+        storage: with its tables.
+        group: the workers' group.
+        batch: records in one transaction, at most.
+
+    Thread rule: run() in one thread; stop() from any, and from signal handlers.
+    """
+
+    def __init__(self, transport: Transport, storage: SqlStorage, *, group: str = "kser", batch: int = _BATCH) -> None:
+        self._transport = transport
+        self._storage = storage
+        self.group = group
+        self._batch = batch
+        self._stop = threading.Event()
+        self._projection: Projection | None = None
+        #: Partitions that were assigned and are not placed where the storage says.
+        self._unplaced: set[Partition] = set()
+        #: Records stored so far, by this recorder.
+        self.recorded = 0
+        #: What keeps it from recording; "" when it knows of nothing.
+        self.problem = ""
+        self._looked = 0.0
+
+    def stop(self) -> None:
+        """Have run() return, after the batch at hand."""
+        self._stop.set()
+
+    def run(self, *, rebuild: bool = False) -> None:
+        """Record until stop().
+
+        Args:
+            rebuild: forget first what the topics still prove, and read it again.
+
+        Raises ConfigurationError when the topics or tables cannot be used, TransportError when the broker does not
+        answer at the start or its client cannot go on.
+        """
+        admin = self._transport.admin()
+        features = frozenset({Feature.EVENTS, Feature.TELEMETRY})
+        ensure_group_topics(admin, self.group, [], features=features)
+        projection = Projection(self._storage.database, admin.cluster_id(_ANSWER_S), self.group)
+        projection.positions([])  # a database that cannot be used is told at once
+        self._projection = projection
+        if rebuild:
+            projection.forget_topics(self._starts())
+        source = self._transport.source(recorder_group(self.group))
+        try:
+            source.subscribe(topics_of(self.group), self)
+            self._record(source, projection)
+        finally:
+            source.close()
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def _record(self, source: Source, projection: Projection) -> None:
+        bad = 0
+        while not self._stop.is_set():
+            try:
+                self._turn(source, projection)
+                bad = 0
+                self.problem = ""
+            except StorageError as exc:
+                self._begin_again(source)
+                self._tell(exc)
+                self._stop.wait(min(_AGAIN_S * 2**bad, _AGAIN_MOST_S))
+                bad = min(bad + 1, 10)
+
+    def _turn(self, source: Source, projection: Projection) -> None:
+        records = self._poll(source)
+        if self._unplaced:
+            # What came of these partitions came from a place that nobody chose.
+            unplaced = set(self._unplaced)
+            self._place(source, projection)
+            records = [record for record in records if record.of not in unplaced]
+        if records:
+            self._store(source, projection, records)
+        if time.monotonic() - self._looked > _LOOK_S:
+            self._looked = time.monotonic()
+            if closed := projection.close_dead():
+                logger.info("%d task(s) of group %s do not run any more", closed, self.group)
+
+    def _poll(self, source: Source) -> list[Record]:
+        try:
+            return source.poll(_POLL_S, self._batch)
+        except OffsetLostError as exc:
+            partition = Partition(exc.extra["topic"], exc.extra["partition"])
+            logger.warning(
+                "%s. Records of group %s were deleted before they were recorded: going on with the first there is",
+                exc.message,
+                self.group,
+            )
+            source.seek(Position(*partition, -1))
+            return []
+
+    def _place(self, source: Source, projection: Projection) -> None:
+        """Go to where the storage says of the partitions that came."""
+        for partition, offset in projection.positions(self._unplaced).items():
+            source.seek(Position(*partition, -1 if offset is None else offset))
+        self._unplaced.clear()
+
+    def _store(self, source: Source, projection: Projection, records: Sequence[Record]) -> None:
+        try:
+            self._apply(projection, records)
+        except StaleError as exc:
+            logger.info("Another recorder of group %s is alive: %s", self.group, exc)
+            self._begin_again(source)
+
+    def _apply(self, projection: Projection, records: Sequence[Record]) -> None:
+        """Store these, but a record that no database takes: it must not keep the others out for ever."""
+        try:
+            self.recorded += projection.apply(records)
+        except StorageError as exc:
+            if not exc.extra.get("refused"):
+                raise
+            if len(records) > 1:
+                for half in (records[: len(records) // 2], records[len(records) // 2 :]):
+                    self._apply(projection, half)
+                return
+            topic, partition, offset = records[0][:3]
+            logger.error("Record %s/%d/%d is passed over: %s", topic, partition, offset, exc.message)
+            projection.apply(records, pass_over=True)
+
+    def _begin_again(self, source: Source) -> None:
+        """Look again where to go on: what was polled was not stored."""
+        self._unplaced.update(source.assignment())
+
+    def _tell(self, exc: Error) -> None:
+        if exc.message != self.problem:
+            logger.warning("The recorder of group %s waits and tries again: %s", self.group, exc.message)
+        self.problem = str(exc.message)
+
+    def _starts(self) -> dict[Partition, int]:
+        """The first offset there is of each partition of the topics."""
+        found: dict[Partition, int] = {}
+        for topic, info in self._transport.admin().describe(topics_of(self.group), _ANSWER_S).items():
+            for number in range(info.partitions):
+                partition = Partition(topic, number)
+                found[partition] = self._first_offset(partition)
+        return found
+
+    def _first_offset(self, partition: Partition) -> int:
+        for records in self._transport.read([partition]):
+            if records:
+                return records[0].offset
+        return 0
+
+    # -- the group's listener ------------------------------------------------------------------------------------------
+
+    def on_assign(self, partitions: Sequence[Partition]) -> None:
+        """See RebalanceListener."""
+        self._unplaced.update(partitions)
+
+    def on_revoke(self, partitions: Sequence[Partition]) -> None:
+        """See RebalanceListener. Nothing is open: a batch is stored before the next poll."""
+        self._unplaced.difference_update(partitions)
+        if self._projection is not None:
+            self._projection.forget(partitions)
+
+    def on_lost(self, partitions: Sequence[Partition]) -> None:
+        """See RebalanceListener."""
+        self.on_revoke(partitions)
