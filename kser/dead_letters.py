@@ -29,6 +29,8 @@ __all__ = ["MAX_REDRIVES", "DeadLetter", "DeadLetters", "Found", "Purge", "Repla
 
 #: A message that came back from the dead letters so often is not sent back again unless it is forced.
 MAX_REDRIVES: Final = 3
+#: Longest wait for one answer about topics, in seconds.
+_ANSWER_S: Final = 10.0
 
 # The class below has a method called list.
 _Letters = list[DeadLetter]
@@ -320,7 +322,10 @@ class DeadLetters:
     def _partitions_of(self, topics: Iterable[str]) -> dict[str, int]:
         """How many partitions each of those topics has that exist."""
         asked = [topic for topic in dict.fromkeys(topics) if topic]
-        return {name: info.partitions for name, info in self._transport.admin().describe(asked).items()}
+        return {
+            name: info.partitions
+            for name, info in self._transport.admin().describe(asked, min(self._timeout_s, _ANSWER_S)).items()
+        }
 
     def _with_fate(self, letters: Sequence[DeadLetter], newest: "_Newest") -> _Letters:
         """These letters, each with whether it was replayed."""

@@ -14,6 +14,7 @@ import click
 from kser.cli.broker import broker
 from kser.cli.control import abort, pause, paused, resume
 from kser.cli.demo import demo
+from kser.cli.dev import dev
 from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
 from kser.cli.launch import launch
@@ -108,7 +109,7 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
     need_command(ctx)
 
 
-for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, web, broker):
+for _command in (demo, dev, worker, launch, send, operations, dlq, tasks, topics, web, broker):
     cli.add_command(_command)
 for _command in (abort, pause, resume, paused):
     cli.add_command(_command)

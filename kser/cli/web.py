@@ -11,14 +11,17 @@ import click
 from kser.cli.connection import Connection
 from kser.cli.errors import CommandFailed
 from kser.cli.options import TopicName, example, group_option, kafka_options, log_level_option, option
+from kser.cli.recording import recording
 from kser.cli.standard_input import stop_with_stdin
+from kser.errors import ConfigurationError
 from kser.loading import load
 from kser.worker.shutdown import stopping_on_signals
 
 if TYPE_CHECKING:
     from kser.storage import StorageBase
+    from kser.storage.sql import SqlStorage
 
-__all__ = ["web"]
+__all__ = ["opened", "web", "with_tables"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +35,13 @@ _LOOK_S = 0.5
     epilog=example(
         "kser web --group shop --storage sqlite:///kser.db --bootstrap-servers 127.0.0.1:9092",
         "kser web shop.tasks:registry --topic shop --group shop",
-        "KSER_WEB_TOKEN=$(openssl rand -hex 32) kser web --host 0.0.0.0 --group shop",
+        "kser web --host 0.0.0.0 --group shop  # with KSER_WEB_TOKEN set",
     ),
 )
 @click.argument("registry", metavar="[MODULE_OR_FILE:REGISTRY]", required=False)
 @option(
     "--host",
-    variable="KSER_WEB_HOST",
+    variable="KSER_HTTP_HOST",
     default="127.0.0.1",
     show_default=True,
     metavar="ADDRESS",
@@ -46,7 +49,7 @@ _LOOK_S = 0.5
 )
 @option(
     "--port",
-    variable="KSER_WEB_PORT",
+    variable="KSER_HTTP_PORT",
     type=click.IntRange(0, 65535),
     default=5000,
     show_default=True,
@@ -61,16 +64,29 @@ _LOOK_S = 0.5
     "command: better set the variable.",
 )
 @option("--storage", metavar="URL", help="What happened: sqlite:///kser.db, postgresql://user:password@host/db.")
+@option(
+    "--recorder/--no-recorder",
+    default=True,
+    show_default=True,
+    help="With --storage: also put into it what happens. Several recorders of a group share the work.",
+)
 @group_option
 @option("--topic", type=TopicName(), metavar="NAME", help="Where what names no topic is launched.")
 @option(
     "--threads",
-    variable="KSER_WEB_THREADS",
     type=click.IntRange(2, 500),
     default=16,
     show_default=True,
     metavar="N",
     help="Requests that are answered at a time; up to half of them may be streams of events.",
+)
+@option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10,
+    show_default=True,
+    metavar="SECONDS",
+    help="Longest wait for an answer of the broker.",
 )
 @option(
     "--stop-with-stdin",
@@ -86,16 +102,18 @@ def web(
     port: int,
     token: str | None,
     storage: str | None,
+    recorder: bool,
     group: str | None,
     topic: str | None,
     threads: int,
+    timeout: float,
     leashed: bool,
     connection: Connection,
 ) -> None:
     """Serve the REST API of a group below /api/1, until SIGTERM or Ctrl-C; /api/1/openapi.json describes it.
 
     With a registry the operations that are launched are built here, and their parameters checked; else a worker does
-    it. Without --storage there is no history, and the rest is there.
+    it. With --storage it has a history, and records it; without, the rest is there.
     """
     from kser.http.guard import check_listen  # here: they load Flask
     from kser.http.serving import Server
@@ -104,10 +122,15 @@ def web(
     check_listen(host, token)
     loaded = load(registry) if registry else None
     named = connection.group(group)
-    settings = WebSettings(group=named, token=token, topic=connection.topic(topic), max_streams=max(threads // 2, 1))
+    settings = WebSettings(
+        group=named, token=token, timeout_s=timeout, topic=connection.topic(topic), max_streams=max(threads // 2, 1)
+    )
     ended = threading.Event()
-    with _opened(storage) as history:
-        app = create_app(connection.transport(), storage=history, registry=loaded, settings=settings)
+    with opened(storage) as history, contextlib.ExitStack() as beside:
+        transport = connection.transport()
+        if history is not None and recorder:
+            beside.enter_context(recording(transport, with_tables(history), named))
+        app = create_app(transport, storage=history, registry=loaded, settings=settings)
         site = app.extensions["kser"]
         server = Server(app, host=host, port=port, token=token, threads=threads, on_stop=site.streams.close)
         if leashed:
@@ -121,7 +144,7 @@ def web(
 
 
 @contextlib.contextmanager
-def _opened(url: str | None) -> Iterator["StorageBase | None"]:
+def opened(url: str | None) -> Iterator["StorageBase | None"]:
     """The storage, while the block runs. Raises ConfigurationError when there can be none."""
     if not url:
         yield None
@@ -133,3 +156,13 @@ def _opened(url: str | None) -> Iterator["StorageBase | None"]:
         yield storage
     finally:
         storage.close()
+
+
+def with_tables(storage: "StorageBase | None") -> "SqlStorage":
+    """The storage, with its tables. Raises ConfigurationError for one that no recorder can write."""
+    from kser.storage.sql import SqlStorage  # here: it loads SQL
+
+    if not isinstance(storage, SqlStorage):
+        raise ConfigurationError(f"{type(storage).__name__} has no tables that a recorder can write: add --no-recorder")
+    storage.install()
+    return storage

@@ -8,6 +8,7 @@ from typing import Any, Final
 import flask
 
 from kser.errors import ConfigurationError, Error
+from kser.events import events_topic
 from kser.web.blueprint import ApiBlueprint
 from kser.web.schemas import HealthSchema
 from kser.web.site import Site, site
@@ -41,7 +42,7 @@ class _Look:
 
 def _ask(here: Site) -> str:
     try:
-        here.transport.admin().cluster_id(min(_ASK_S, here.settings.timeout_s))
+        here.transport.admin().describe([events_topic(here.settings.group)], min(_ASK_S, here.settings.timeout_s))
     except Error:
         return "the broker does not answer"
     if here.has_storage:

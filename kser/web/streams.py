@@ -74,7 +74,8 @@ class _Hub:
         """From now on ``listener`` is told. Raises TransportError when the broker does not answer."""
         with self._lock:
             if self._reader is None:
-                self._transport.admin().cluster_id(timeout_s)  # else the reader waits for its own time
+                # So that a broker that is away is told now: the reader would wait for its own time.
+                self._transport.admin().describe(self._topics[:1], timeout_s)
                 self._reader = self._transport.reader(self._topics, start="end")
                 threading.Thread(target=self._read, args=[self._reader], name="kser-events", daemon=True).start()
             self._listeners.add(listener)
@@ -154,7 +155,7 @@ class Streams:
             if follow:
                 hub.join(listener, self._timeout_s)  # before the history is read, so that nothing is missed between
             else:
-                self._transport.admin().cluster_id(self._timeout_s)
+                self._transport.admin().describe([events_topic(group)], self._timeout_s)
         except BaseException:
             self._free.release()
             raise
