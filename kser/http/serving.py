@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_PORT: Final = 5000
 #: Longest wait for something to happen on a connection, and at the end for answers to leave, in seconds.
 _TURN_S: Final = 1.0
+#: Connections at a time; those of callers who are not being answered cost next to nothing.
+_CONNECTIONS: Final = 1000
 
 
 class Server:
@@ -58,6 +60,7 @@ class Server:
             threads=threads,
             max_request_body_size=MAX_BODY_BYTES,
             channel_request_lookahead=1,  # so that a caller who went away is noticed while it is answered
+            connection_limit=_CONNECTIONS,
             ident="kser",
         )
         self._thread = threading.Thread(target=self._serve, name="kser-web", daemon=True)

@@ -16,7 +16,7 @@ from kser.http.wire import MAX_BODY_BYTES, MAX_MESSAGES, MESSAGES_PATH
 from kser.schemas import parse
 from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
 
-__all__ = ["HttpSink"]
+__all__ = ["HttpSink", "record_as_json"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class HttpSink:
         Raises ValidationError when it is no message in JSON, or has a header that is no text: HTTP carries nothing
         else; TransportError when the sink is closed, or stays full.
         """
-        item = _Item(_document(record), on_delivery or partial(_complain, record.topic))
+        item = _Item(record_as_json(record), on_delivery or partial(_complain, record.topic))
         end = time.monotonic() + self._request_s
         with self._changed:
             while len(self._queue) >= _QUEUE and not self._closed and (left := end - time.monotonic()) > 0:
@@ -189,7 +189,7 @@ class HttpSink:
             self._changed.notify_all()
 
 
-def _document(record: OutRecord) -> bytes:
+def record_as_json(record: OutRecord) -> bytes:
     """A record as a JSON object. Raises ValidationError for what JSON cannot carry."""
     raw = record.value or b""
     try:

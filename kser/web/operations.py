@@ -197,7 +197,8 @@ def stream_group(query: dict[str, Any]) -> flask.Response:
 def _stream(query: dict[str, Any], uuid: str | None) -> flask.Response:
     here = site()
     after = flask.request.headers.get("Last-Event-ID", "")
-    stream = here.streams.open(here.group(query["group"]), uuid, follow=query["follow"], after=after)
+    gone = flask.request.environ.get("waitress.client_disconnected", lambda: False)
+    stream = here.streams.open(here.group(query["group"]), uuid, follow=query["follow"], after=after, gone=gone)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return flask.Response(stream, content_type="text/event-stream", headers=headers)
 

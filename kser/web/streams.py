@@ -89,10 +89,13 @@ class _Hub:
         why, idle_since = "the server stops", time.monotonic()
         try:
             while not self._closing.is_set():
-                for record in reader.poll(_LOOK_S):
-                    for listener in tuple(self._listeners):
+                records = reader.poll(_LOOK_S)
+                with self._lock:
+                    listeners = tuple(self._listeners)
+                for record in records:
+                    for listener in listeners:
                         listener.offer(record)
-                if self._listeners:
+                if listeners:
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since > _KEPT_S and self._retire():
                     return
@@ -103,9 +106,10 @@ class _Hub:
             why = "the events cannot be read"
         finally:
             with self._lock:
-                self._reader = None
-                for listener in self._listeners:
-                    listener.ended = why
+                if self._reader is reader:  # else it was retired, and there may be another one already
+                    self._reader = None
+                    for listener in self._listeners:
+                        listener.ended = why
             reader.close()
 
     def _retire(self) -> bool:
@@ -135,7 +139,15 @@ class Streams:
         self._hubs: dict[str, _Hub] = {}
         self._lock = threading.Lock()
 
-    def open(self, group: str, uuid: str | None = None, *, follow: bool = True, after: str = "") -> "EventStream":
+    def open(
+        self,
+        group: str,
+        uuid: str | None = None,
+        *,
+        follow: bool = True,
+        after: str = "",
+        gone: Callable[[], bool] = lambda: False,
+    ) -> "EventStream":
         """A stream of what happens in a group, or to one operation or lone task: then with all that happened before.
 
         Args:
@@ -143,6 +155,7 @@ class Streams:
             uuid: of the root operation, or of a lone task.
             follow: go on as something happens, until the operation has ended; else end with what there is.
             after: id of the last event the caller has: those before it are left out.
+            gone: tells that the caller has gone, when the server knows such a thing.
 
         Raises BusyError when there are enough already, TransportError when the broker does not answer.
         """
@@ -166,7 +179,9 @@ class Streams:
 
         past = (lambda: self._past(group, uuid)) if uuid is not None else (lambda: iter(()))
         end = time.monotonic() + self._lasting_s
-        return EventStream(_Source(past, listener, follow, after, uuid, end, self._closing), done)
+        return EventStream(
+            _Source(past, listener, follow, after, uuid, end, lambda: gone() or self._closing.is_set()), done
+        )
 
     def _past(self, group: str, uuid: str) -> Iterator[Record]:
         """What happened to it: in its home partition, or in the others when partitions were added since."""
@@ -201,7 +216,8 @@ class _Source(NamedTuple):
     uuid: str | None
     #: When it ends at the latest, by the monotonic clock.
     end: float
-    closing: threading.Event
+    #: Tells that nobody wants more.
+    over: Callable[[], bool]
 
 
 class EventStream:
@@ -244,14 +260,14 @@ def _chunks(source: _Source) -> Generator[bytes, None, None]:
 
 def _news(source: _Source, view: OperationView) -> Iterator[bytes]:
     listener, told = source.listener, time.monotonic()
-    while not (view.ended and source.uuid is not None) and not source.closing.is_set():
+    while not (view.ended and source.uuid is not None) and not source.over():
         left = source.end - time.monotonic()
         if left <= 0:
             return
         try:
             chunk = _told(listener.records.get(timeout=min(left, _LOOK_S)), view, source)
         except queue.Empty:
-            if listener.ended:
+            if listener.ended and not source.over():
                 yield _chunk("problem", {"detail": f"The stream ends: {listener.ended}"})
                 return
             chunk = b": \n\n" if time.monotonic() - told > _ALIVE_S else b""

@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import pytest
 from flask import Flask
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kser import ConfigurationError, Controller, DeliveryError, Entrypoint, Message, Operation, Result, Task
 from kser.http.consumer import Consumer
@@ -19,8 +21,12 @@ from kser.http.endpoint import endpoint, handing_to
 from kser.http.guard import check_listen
 from kser.http.producer import Producer
 from kser.http.serving import Server
+from kser.http.sink import record_as_json
+from kser.http.wire import MessagesSchema, posted
+from kser.schemas import parse
 from kser.sequencing.registry import OperationRegistry
 from kser.testing import eventually
+from kser.transport import OutRecord
 from tests.unit.fakes import FakeSink
 from tests.unit.fakes import Producer as MemoryProducer
 
@@ -175,6 +181,28 @@ def test_an_url_that_cannot_be_is_told(url):
 def test_an_unknown_option_is_told():
     with pytest.raises(ConfigurationError, match="Unknown option servers: there are request_s, token, url"):
         Producer({"url": "http://x", "servers": 1})
+
+
+TEXT = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    params=st.dictionaries(TEXT, JSON, max_size=4),
+    uuid=TEXT.filter(bool),
+    key=st.none() | TEXT,
+    headers=st.lists(st.tuples(TEXT, st.none() | TEXT.map(str.encode)), max_size=3).map(tuple),
+)
+def test_what_is_posted_is_what_arrives(params, uuid, key, headers):
+    message = Message(uuid, "e", params, Result(uuid=uuid, retval=params), {"m": params})
+    raw = record_as_json(OutRecord("t", None if key is None else key.encode(), message.to_bytes(), headers))
+    (arrived,) = posted(MessagesSchema().load(parse(b'{"messages": [' + raw + b"]}")))
+    assert (arrived.topic, arrived.key, arrived.headers) == ("t", key, headers)
+    assert arrived.kmsg.dump() == message.dump()
 
 
 # -- the consumer ----------------------------------------------------------------------------------------------------

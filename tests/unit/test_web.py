@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import pytest
+import urllib3
 from openapi_spec_validator import validate
 
 from kser import Operation, OperationRegistry, Result, Task, TransportError, Worker
@@ -15,6 +16,7 @@ from kser.http.producer import Producer
 from kser.http.serving import Server
 from kser.masking import MASK
 from kser.storage import get_storage_from_url
+from kser.testing import eventually
 from kser.transport.memory import MemoryTransport
 from kser.web import WebSettings, create_app
 from kser.worker.topics import ensure_group_topics
@@ -419,6 +421,21 @@ def test_there_are_only_so_many_streams_and_one_that_is_closed_makes_room(make):
     first.close()
     assert api.get("/api/1/events", buffered=False).status_code == 200
     second.close()
+
+
+def test_a_reader_that_hangs_up_makes_room_for_another(transport):
+    """Over a socket: the server notices, although nothing happens that could be told."""
+    app = create_app(transport, settings=WebSettings(group="shop", max_streams=1))
+    pool = urllib3.PoolManager(retries=False, timeout=10)
+    with Server(app, port=0, on_stop=app.extensions["kser"].streams.close) as server:
+        events = f"{server.url}/api/1/events"
+        first = pool.request("GET", events, preload_content=False)
+        assert first.read(5) == b"retry"
+        assert pool.request("GET", events).status == 429
+        first.close()
+        opened = eventually(lambda: (it := pool.request("GET", events, preload_content=False)).status == 200 and it)
+    assert b"event" not in opened.read()
+    app.extensions["kser"].close()
 
 
 def test_a_stream_ends_with_its_time_and_with_the_app(make):
