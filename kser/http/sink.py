@@ -49,6 +49,8 @@ class HttpSink:
         self._queue: deque[_Item] = deque()
         #: Handed over and neither confirmed nor failed.
         self._open = 0
+        #: How often some were.
+        self._told = 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -104,6 +106,12 @@ class HttpSink:
         with self._changed:
             self._changed.wait_for(lambda: not self._open, timeout_s)
             return self._open
+
+    def await_news(self, timeout_s: float) -> None:
+        """Wait until something is confirmed or failed, nothing is open, or ``timeout_s`` is over."""
+        with self._changed:
+            told = self._told
+            self._changed.wait_for(lambda: not self._open or self._told != told, timeout_s)
 
     def drop_queued(self) -> None:
         """Give up what was not posted yet: its callbacks get a DeliveryError."""
@@ -186,6 +194,7 @@ class HttpSink:
                 logger.exception("A delivery callback raised; it must not")
         with self._changed:
             self._open -= len(items)
+            self._told += 1
             self._changed.notify_all()
 
 
