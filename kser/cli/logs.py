@@ -40,6 +40,8 @@ def configure(level: str, *, chosen: bool = True) -> None:
     if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
         root.addHandler(_StderrHandler())
     root.setLevel(level.upper())
+    # Alembic says at each start which database it found: of interest to those who debug.
+    logging.getLogger("alembic").setLevel(logging.DEBUG if level.upper() == "DEBUG" else logging.WARNING)
     quiet = not chosen and level.upper() == "WARNING"
     for name in _TOLD_BY_COMMANDS:
         logging.getLogger(name).setLevel(logging.CRITICAL if quiet else logging.NOTSET)

@@ -13,13 +13,17 @@ import click
 
 from kser.cli.broker import broker
 from kser.cli.control import abort, pause, paused, resume
+from kser.cli.db import db
 from kser.cli.demo import demo
 from kser.cli.dev import dev
 from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
+from kser.cli.install import install, uninstall
 from kser.cli.launch import launch
 from kser.cli.operations import operations
 from kser.cli.options import example, format_option, need_command, outer_log_level_option
+from kser.cli.prune import prune
+from kser.cli.recorder import recorder
 from kser.cli.send import send
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
@@ -112,6 +116,8 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
 for _command in (demo, dev, worker, launch, send, operations, dlq, tasks, topics, web, broker):
     cli.add_command(_command)
 for _command in (abort, pause, resume, paused):
+    cli.add_command(_command)
+for _command in (recorder, install, uninstall, db, prune):
     cli.add_command(_command)
 
 

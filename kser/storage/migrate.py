@@ -8,15 +8,24 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 
+from kser.errors import ConfigurationError
 from kser.storage.schema import Tables
 
 __all__ = ["current_version", "newest_version", "uninstall", "upgrade"]
 
 
 def upgrade(connection: Connection, tables: Tables) -> None:
-    """Bring the tables to the newest version, inside the connection's transaction."""
+    """Bring the tables to the newest version, inside the connection's transaction.
+
+    Raises ConfigurationError for a version that this release of kser does not know.
+    """
     _alone(connection, tables)
     config = _config()
+    current = current_version(connection, tables)
+    if current is not None and current not in {found.revision for found in _scripts().walk_revisions()}:
+        raise ConfigurationError(
+            f"The tables have version {current}, which this release of kser does not know: upgrade kser here"
+        )
     config.attributes |= {
         "connection": connection,
         "prefix": tables.prefix,
@@ -33,7 +42,7 @@ def current_version(connection: Connection, tables: Tables) -> str | None:
 
 def newest_version() -> str:
     """The version this release of kser needs."""
-    head = ScriptDirectory.from_config(_config()).get_current_head()
+    head = _scripts().get_current_head()
     assert head is not None
     return head
 
@@ -43,6 +52,10 @@ def uninstall(connection: Connection, tables: Tables) -> None:
     _alone(connection, tables)
     tables.metadata.drop_all(connection)
     connection.execute(text(f'DROP TABLE IF EXISTS "{tables.version_name}"'))
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
 
 
 def _config() -> Config:

@@ -187,10 +187,11 @@ class Projection:
         if about:
             rows = self._lock_builds(connection, about)
             self._add_events(connection, batch.events)
-            told_of = {told.uuid for told in batch.events}
+            roots = {told.root for told in about if told.root is not None}
+            # Operations too, when only a step of theirs was told of: what is said of both is made from both.
+            told_of = {told.uuid for told in batch.events} | roots
             self._refold(connection, [rows[uuid] for uuid in sorted(told_of)])
-            roots = sorted({told.root for told in about if told.root is not None})
-            self._settle_roots(connection, roots)
+            self._settle_roots(connection, sorted(roots))
             self._add_progress(connection, batch.progress, rows)
             self._add_logs(connection, batch.logs, rows)
         self._add_workers(connection, batch.workers)
@@ -229,7 +230,6 @@ class Projection:
             "attempt": told.attempt if own else 1,
             "status": str(Status.RUNNING),
             "created": from_ms(told.at_ms) or now(),
-            "start_time": from_ms(told.began_ms) if own else None,
             "started": True,
             "finished": False,
             "worker": (told.worker or None) if own else None,
@@ -261,6 +261,7 @@ class Projection:
         connection.execute(insert(connection, self._tables.event).on_conflict_do_nothing(), rows)
 
     def _refold(self, connection: Connection, rows: Sequence[Row[Any]]) -> None:
+        """Compute these rows anew from all of their events; what no event decides stays as it is."""
         event, build = self._tables.event, self._tables.build
         events: dict[str, list[Told]] = {}
         for some in chunks([row.uuid for row in rows]):
@@ -312,7 +313,8 @@ class Projection:
         build = self._tables.build
         root = aliased(build)
         newer = or_(root.c.run > build.c.run, and_(root.c.run == build.c.run, root.c.finished))
-        over = exists().where(root.c.uuid == build.c.root, newer)
+        # Of an operation that only its steps tell of the run is not known.
+        over = exists().where(root.c.uuid == build.c.root, root.c.entrypoint != "", newer)
         here = and_(~build.c.finished, build.c.root.is_not(None), build.c.root != build.c.uuid, over)
         if roots is not None:
             here = and_(build.c.root.in_(roots), here)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from sqlalchemy import Connection, Row, and_, delete, false, func, or_, select, update
 
-from kser.errors import NotFound, StatusError, ValidationError
+from kser.errors import ConfigurationError, NotFound, StatusError, ValidationError
 from kser.progress import SEPARATOR, parse_group
 from kser.status import Status
 from kser.storage import migrate
@@ -64,6 +64,20 @@ class SqlStorage(StorageBase):
         """The version its tables have (None: there are none), and the one this release of kser needs."""
         with self.database.read() as connection:
             return migrate.current_version(connection, self._tables), migrate.newest_version()
+
+    def prepare(self) -> None:
+        """install() where there are no tables at all.
+
+        Raises ConfigurationError when they have another version than this release of kser needs.
+        """
+        current, newest = self.version()
+        if current is None:
+            self.install()
+        elif current != newest:
+            raise ConfigurationError(
+                f"Storage {self.database.shown} has tables of version {current}, this release of kser needs {newest}: "
+                "run kser db upgrade --storage URL"
+            )
 
     def close(self) -> None:
         """See StorageBase."""

@@ -1,0 +1,248 @@
+"""The recorder on a broker in memory: what it follows, what it waits for, how it begins again. DESIGN.md 5."""
+
+import json
+import threading
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy.exc import DataError
+
+from kser.errors import ConfigurationError, StorageError
+from kser.events import read
+from kser.storage import get_storage_from_url
+from kser.storage.memory import MemoryStorage
+from kser.storage.projection import Projection
+from kser.storage.recorder import Recorder, topics_of
+from kser.testing import eventually
+from kser.transport import OutRecord, Partition, Position
+from kser.transport.memory import MemoryTransport
+from tests.recording import Tape, differences, read_topic, snapshot
+
+
+@pytest.fixture
+def storage():
+    made = MemoryStorage()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def broker():
+    return MemoryTransport(default_partitions=3)
+
+
+def tell(broker, tape):
+    """Write what is on the tape, and take it off."""
+    sink = broker.sink()
+    assert sink.deliver([OutRecord(r.topic, r.key, r.value) for r in tape.records]) == []
+    sink.close()
+    tape.records.clear()
+
+
+@contextmanager
+def running(broker, storage, **options):
+    """A recorder at work."""
+    recorder = Recorder(broker, storage, group="shop", **{k: v for k, v in options.items() if k != "rebuild"})
+    failed = []
+
+    def work():
+        try:
+            recorder.run(rebuild=options.get("rebuild", False))
+        except BaseException as exc:
+            failed.append(exc)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield recorder
+    finally:
+        recorder.stop()
+        thread.join(20)
+    assert not thread.is_alive()
+    assert failed == []
+
+
+def events_of(broker):
+    return list(read(read_topic(broker, "shop.events")))
+
+
+def whole(broker, storage):
+    """Whether everything that lies in the topics is in the storage."""
+    ends = {
+        (topic, number): broker.source("look").watermarks(Partition(topic, number))[1]
+        for topic in topics_of("shop")
+        for number in range(broker.admin().describe([topic])[topic].partitions)
+    }
+    stored = {(view.topic, view.partition): view.next_offset for view in storage.history.list_projections()}
+    return all(stored.get(partition, 0) == end for partition, end in ends.items())
+
+
+def test_what_is_told_before_and_while_it_runs_is_in_the_storage(broker, storage):
+    tape = Tape()
+    tape.operation("before", 3)
+    tell(broker, tape)
+    with running(broker, storage):
+        eventually(lambda: storage.history.count_operations() == 1)
+        tape.operation("while", 2, failed=1)
+        tell(broker, tape)
+        eventually(lambda: whole(broker, storage))
+    assert differences(storage, events_of(broker)) == []
+    assert {found.uuid: found.status for found in storage.history.list_operations()} == {
+        "before": "SUCCESS",
+        "while": "FAILED",
+    }
+
+
+def test_it_goes_on_where_the_storage_is_whatever_the_group_committed(broker, storage):
+    tape = Tape()
+    tape.operation("one", 2)
+    tell(broker, tape)
+    with running(broker, storage) as first:
+        eventually(lambda: whole(broker, storage))
+    tape.operation("two", 2)
+    tell(broker, tape)
+    with running(broker, storage) as second:
+        eventually(lambda: whole(broker, storage))
+    assert (first.recorded, second.recorded) == (6, 6)
+    assert differences(storage, events_of(broker)) == []
+
+
+def test_a_rebuild_reads_everything_again(broker, storage):
+    tape = Tape()
+    for number in range(5):
+        tape.operation(f"op{number}", 2)
+    tell(broker, tape)
+    with running(broker, storage):
+        eventually(lambda: whole(broker, storage))
+    before = snapshot(storage)
+    with running(broker, storage, rebuild=True) as again:
+        eventually(lambda: whole(broker, storage))
+    assert again.recorded == 30
+    assert snapshot(storage) == before
+
+
+def test_two_recorders_share_the_partitions_and_store_everything_once(broker, storage):
+    tape = Tape()
+    with running(broker, storage, batch=3) as first, running(broker, storage, batch=3) as second:
+        for number in range(12):
+            tape.operation(f"op{number}", 2)
+            tell(broker, tape)
+        eventually(lambda: whole(broker, storage), 20)
+    assert first.recorded + second.recorded == 72
+    assert differences(storage, events_of(broker)) == []
+
+
+def test_a_recorder_that_was_taken_for_dead_looks_where_the_other_one_is(broker, storage, caplog):
+    caplog.set_level("INFO")
+    tape = Tape()
+    tape.operation("one", 2)
+    tell(broker, tape)
+    with running(broker, storage) as recorder:
+        eventually(lambda: whole(broker, storage))
+        other = Projection(storage.database, broker.admin().cluster_id(), "shop")
+        other.positions([Partition(topic, number) for topic in topics_of("shop") for number in range(4)])
+        # The other one moves partitions that this one believes to have.
+        moved = {place: offset + 1 for place, offset in other._next.items() if offset}
+        with storage.database.write() as connection:
+            other._claim(connection, moved)
+        tape.operation("one", 2, run=2)
+        tell(broker, tape)
+        eventually(lambda: whole(broker, storage))
+        # All but what the other one took.
+        assert recorder.recorded == 12 - len(moved)
+    assert "Another recorder of group shop is alive" in caplog.text
+
+
+def test_a_database_that_is_away_is_waited_for_and_nothing_is_left_out(broker, storage, monkeypatch):
+    tape, away = Tape(), threading.Event()
+    real = Projection.apply
+
+    def apply(self, records, **options):
+        if away.is_set():
+            raise StorageError("Storage x: connection refused", extra={"refused": False})
+        return real(self, records, **options)
+
+    monkeypatch.setattr(Projection, "apply", apply)
+    with running(broker, storage) as recorder:
+        away.set()
+        tape.operation("op", 3)
+        tell(broker, tape)
+        eventually(lambda: "connection refused" in recorder.problem)
+        away.clear()
+        eventually(lambda: whole(broker, storage))
+        eventually(lambda: recorder.problem == "")
+    assert differences(storage, events_of(broker)) == []
+
+
+def test_a_record_that_no_database_takes_does_not_keep_the_others_out(broker, storage, monkeypatch, caplog):
+    tape = Tape()
+    tape.operation("good", 2)
+    tape.event("step.done", "poison", status="SUCCESS")
+    tape.operation("better", 2)
+    real = Projection._store
+
+    def store(self, connection, batch):
+        if any(told.uuid == "poison" for told in batch.events):
+            raise DataError("INSERT", {}, ValueError("no such number"))
+        real(self, connection, batch)
+
+    monkeypatch.setattr(Projection, "_store", store)
+    tell(broker, tape)
+    with running(broker, storage):
+        eventually(lambda: whole(broker, storage))
+    assert {found.uuid for found in storage.history.list_operations()} == {"good", "better"}
+    assert "is passed over" in caplog.text
+
+
+def test_records_that_were_deleted_before_they_were_recorded_are_told_and_the_rest_is_recorded(broker, storage, caplog):
+    tape = Tape()
+    tape.event("step.done", "old", status="SUCCESS")
+    tell(broker, tape)
+    with running(broker, storage):
+        eventually(lambda: whole(broker, storage))
+    (place,) = {Partition(view.topic, view.partition): view for view in storage.history.list_projections()}
+    for _ in range(3):
+        tape.event("step.done", "old", status="SUCCESS")
+    tell(broker, tape)
+    broker.admin().delete_records([Position(*place, 3)])
+    with running(broker, storage):
+        eventually(lambda: whole(broker, storage))
+    assert "were deleted before they were recorded" in caplog.text
+
+
+def test_it_makes_the_topics_that_are_missing(broker, storage):
+    with running(broker, storage):
+        eventually(lambda: len(broker.admin().describe(topics_of("shop"))) == 2)
+
+
+def test_tables_that_are_missing_or_of_another_version_are_told(broker, tmp_path):
+    storage = get_storage_from_url(f"sqlite:///{tmp_path}/a.db")
+    with pytest.raises(ConfigurationError, match="kser install"):
+        Recorder(broker, storage, group="shop").run()
+    storage.prepare()
+    storage.prepare()
+    name = storage.database.tables.version_name
+    with storage.database.write() as connection:
+        connection.exec_driver_sql(f"UPDATE {name} SET version_num = '9999'")
+    with pytest.raises(ConfigurationError, match="version 9999, this release of kser needs 0001: run kser db upgrade"):
+        storage.prepare()
+    with pytest.raises(ConfigurationError, match="9999, which this release of kser does not know: upgrade kser"):
+        storage.install()
+    storage.close()
+
+
+def test_the_judge_of_these_tests_sees_what_is_wrong(storage):
+    tape = Tape()
+    tape.operation("op", 2)
+    projection = Projection(storage.database, "c", "shop")
+    projection.positions(tape.partitions)
+    projection.apply(tape.records)
+    events = list(read(tape.records))
+    assert differences(storage, events) == []
+    assert differences(storage, [*events, events[-1]._replace(uuid="other", operation="other")]) == ["other is missing"]
+    assert "told was FAILED" in differences(storage, [e._replace(status="FAILED") for e in events])[0]
+    assert differences(storage, events[:-1]) == []  # told to be started, not to have ended
+    assert "no event tells of" in differences(storage, events[:1])[0]
+    with storage.database.write() as connection:
+        connection.exec_driver_sql(f"UPDATE {storage.database.tables.build.name} SET retval = '{json.dumps(1)}'")
+    assert "has the result" in differences(storage, events)[0]
