@@ -23,9 +23,10 @@ from kser.cli.broker import group_topics
 from kser.cli.errors import FAILED, MISUSE, CommandFailed
 from kser.cli.options import TopicWithPartitions, example, log_level_option, option, registry_argument
 from kser.cli.recording import recording
-from kser.cli.web import opened, with_tables
+from kser.cli.storage import open_sql
 from kser.errors import ConfigurationError
 from kser.loading import file_of
+from kser.transport import Transport
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.topic_findings import count
 
@@ -113,8 +114,7 @@ def dev(
         worker = [registry, "--topics", ",".join(tasks), "--drain", f"{_DRAIN_S:g}", "--name", f"{group}-1"]
         web = [registry, "--port", str(port), "--topic", next(iter(tasks)), "--storage", storage, "--no-recorder"]
         with (
-            opened(storage) as history,
-            recording(ConfluentTransport({"bootstrap.servers": address}), with_tables(history), group),
+            _recording(ConfluentTransport({"bootstrap.servers": address}), storage, group),
             _Crew([["worker", *worker, *common], ["web", *web, *common]]) as crew,
         ):
             _introduce(registry, address, tasks, group, port, storage, reload=reload)
@@ -126,6 +126,14 @@ def dev(
                     crew.restart()
                 crew.look()
         click.echo("Stopped")
+
+
+@contextlib.contextmanager
+def _recording(transport: Transport, storage: str, group: str) -> Iterator[None]:
+    with open_sql(storage) as history:
+        history.prepare()
+        with recording(transport, history, group):
+            yield
 
 
 def _topics(registry: str, given: Sequence[tuple[str, int | None]] | None) -> dict[str, int]:

@@ -13,15 +13,15 @@ from kser.cli.errors import CommandFailed
 from kser.cli.options import TopicName, example, group_option, kafka_options, log_level_option, option
 from kser.cli.recording import recording
 from kser.cli.standard_input import stop_with_stdin
-from kser.errors import ConfigurationError
+from kser.cli.storage import open_sql, open_storage
 from kser.loading import load
+from kser.transport import Transport
 from kser.worker.shutdown import stopping_on_signals
 
 if TYPE_CHECKING:
     from kser.storage import StorageBase
-    from kser.storage.sql import SqlStorage
 
-__all__ = ["opened", "web", "with_tables"]
+__all__ = ["web"]
 
 logger = logging.getLogger(__name__)
 
@@ -126,10 +126,8 @@ def web(
         group=named, token=token, timeout_s=timeout, topic=connection.topic(topic), max_streams=max(threads // 2, 1)
     )
     ended = threading.Event()
-    with opened(storage) as history, contextlib.ExitStack() as beside:
-        transport = connection.transport()
-        if history is not None and recorder:
-            beside.enter_context(recording(transport, with_tables(history), named))
+    transport = connection.transport()
+    with _history(storage, transport, named, record=recorder) as history:
         app = create_app(transport, storage=history, registry=loaded, settings=settings)
         site = app.extensions["kser"]
         server = Server(app, host=host, port=port, token=token, threads=threads, on_stop=site.streams.close)
@@ -144,25 +142,15 @@ def web(
 
 
 @contextlib.contextmanager
-def opened(url: str | None) -> Iterator["StorageBase | None"]:
-    """The storage, while the block runs. Raises ConfigurationError when there can be none."""
+def _history(url: str | None, transport: Transport, group: str, *, record: bool) -> Iterator["StorageBase | None"]:
+    """The storage, while the block runs; with ``record`` it has its tables, and what happens is put into it."""
     if not url:
         yield None
-        return
-    from kser.storage import get_storage_from_url  # here: it loads SQL
-
-    storage = get_storage_from_url(url)
-    try:
-        yield storage
-    finally:
-        storage.close()
-
-
-def with_tables(storage: "StorageBase | None") -> "SqlStorage":
-    """The storage, with its tables. Raises ConfigurationError for one that no recorder can write."""
-    from kser.storage.sql import SqlStorage  # here: it loads SQL
-
-    if not isinstance(storage, SqlStorage):
-        raise ConfigurationError(f"{type(storage).__name__} has no tables that a recorder can write: add --no-recorder")
-    storage.install()
-    return storage
+    elif record:
+        with open_sql(url) as storage:
+            storage.prepare()
+            with recording(transport, storage, group):
+                yield storage
+    else:
+        with open_storage(url) as storage:
+            yield storage

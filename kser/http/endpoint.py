@@ -72,9 +72,6 @@ def handing_to(producer: BaseProducer, timeout_s: float = 10) -> Take:
     """Sends the messages of a request on, and waits until all are confirmed, for up to ``timeout_s`` seconds."""
 
     def take(messages: Sequence[Posted]) -> list[Result]:
-        if len(messages) == 1:  # a batch of one costs more than it saves
-            ((topic, kmsg, key, headers),) = messages
-            return [producer.send(topic, kmsg, timeout_s, key=key, headers=headers)]
         taken: list[Result] = []
         with suppress(DeliveryError), producer.batch(timeout_s):  # the Results say which
             for topic, kmsg, key, headers in messages:
