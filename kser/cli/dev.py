@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 
@@ -105,7 +105,8 @@ def dev(
     if storage.partition(":")[0] == "memory":
         raise ConfigurationError("--storage memory: is of one process alone, and here are several: give sqlite:///FILE")
     _check_port(port)
-    tasks = _topics(registry, topics)
+    registered = _look(registry)
+    tasks = _topics(registered, topics)
     ended = threading.Event()
     with stopping_on_signals(ended.set), EmbeddedBroker(group_topics(group, tasks)) as broker:
         address = broker.bootstrap_servers
@@ -118,6 +119,7 @@ def dev(
             _Crew([["worker", *worker, *common], ["web", *web, *common]]) as crew,
         ):
             _introduce(registry, address, tasks, group, port, storage, reload=reload)
+            _show_launch(registry, registered, address, group, next(iter(tasks)), storage)
             for changed in _turns(registry, ended, reload=reload):
                 if not broker.alive:
                     raise CommandFailed(f"The broker on {address} has ended; its topics are lost", code=FAILED)
@@ -136,10 +138,10 @@ def _recording(transport: Transport, storage: str, group: str) -> Iterator[None]
             yield
 
 
-def _topics(registry: str, given: Sequence[tuple[str, int | None]] | None) -> dict[str, int]:
-    """Topics and their partitions: those given, else those that the registry names. Raises CommandFailed.
+def _look(registry: str) -> list[dict[str, Any]]:
+    """What is registered, as `kser tasks` tells it. Raises CommandFailed.
 
-    The registry is looked at in a process of its own: this one has to stay as it is when files change.
+    In a process of its own: this one has to stay as it is when files change.
     """
     command = [sys.executable, "-m", "kser", "tasks", registry, "--format", "json"]
     try:
@@ -151,9 +153,15 @@ def _topics(registry: str, given: Sequence[tuple[str, int | None]] | None) -> di
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"{registry} cannot be loaded"]
         raise CommandFailed(lines[-1].removeprefix("kser: error: "), code=MISUSE)
+    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return rows
+
+
+def _topics(registered: Sequence[Mapping[str, Any]], given: Sequence[tuple[str, int | None]] | None) -> dict[str, int]:
+    """Topics and their partitions: those given, else those that the registry names."""
     if given:
         return {name: partitions or _PARTITIONS for name, partitions in given}
-    named = {str(row["topic"]) for row in json.loads(done.stdout.splitlines()[-1]) if row["topic"]}
+    named = {str(row["topic"]) for row in registered if row["topic"]}
     return dict.fromkeys(sorted(named) or [_TOPIC], _PARTITIONS)
 
 
@@ -183,9 +191,20 @@ def _introduce(
         rows.append(("reload", f"when a Python file changes in {_watched(registry)}"))
     for name, told in rows:
         click.echo(f"{click.style(name.ljust(8), bold=True)} {told}")
+
+
+def _show_launch(
+    registry: str, registered: Sequence[Mapping[str, Any]], address: str, group: str, topic: str, storage: str
+) -> None:
+    """What to type to see something happen: with an operation that needs no parameters, if there is one."""
+    from kser.storage.urls import safe_url
+
+    first = min(registered, key=lambda row: (row["kind"] != "operation", bool(row["required"])), default=None)
     click.echo("In another terminal:")
-    click.echo(f"  export KSER_BOOTSTRAP_SERVERS={address} KSER_GROUP={group}")
-    click.echo(f"  kser launch {registry} OPERATION --topic {next(iter(tasks))} --watch")
+    click.echo(f"  export KSER_BOOTSTRAP_SERVERS={address} KSER_GROUP={group} KSER_STORAGE={safe_url(storage)}")
+    if first is not None:
+        name, params = first["name"].rpartition(".")[2], " --params '{...}'" if first["required"] else ""
+        click.echo(f"  kser launch {registry} {name} --topic {first['topic'] or topic}{params} --watch")
 
 
 def _watched(registry: str) -> Path:

@@ -8,7 +8,7 @@ from werkzeug.exceptions import HTTPException
 
 from kser.errors import Error
 from kser.http.guard import guard
-from kser.http.problems import PROBLEM_TYPE, problem_of, problem_of_http
+from kser.http.problems import PROBLEM_TYPE, problem, problem_of, problem_of_http
 from kser.http.wire import MAX_BODY_BYTES
 from kser.operating import OperatingProducer
 from kser.producer import BaseProducer
@@ -92,6 +92,8 @@ def create_app(
 
     @app.before_request
     def let_in() -> Response | None:
+        if "\x00" in request.path:  # no database takes it as a text
+            return problem(404, "Nothing has a name with a zero character")
         return None if request.path in _OPEN else check(request)
 
     app.register_error_handler(Error, problem_of)

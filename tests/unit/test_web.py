@@ -227,6 +227,7 @@ def test_what_nobody_knows_is_not_found(api):
         api.get("/api/1/dead-letters/0:99"),
         api.get("/api/1/dead-letters?group=nobody"),
         api.get("/api/1/nothing"),
+        api.get("/api/1/operations/a%00b"),
         api.get("/"),
     ):
         assert (answer.status_code, answer.content_type) == (404, "application/problem+json")
