@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from kser.errors import ConfigurationError, TransportError
+from kser.errors import ConfigurationError, Error
 from kser.transport import Transport
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 #: What a recorder gets to end, in seconds.
 _END_S = 15.0
-#: Seconds before it is started again when there was no broker.
+#: Seconds before it is started again when broker or database did not answer.
 _AGAIN_S = 2.0
 
 
@@ -27,7 +27,7 @@ _AGAIN_S = 2.0
 def recording(transport: Transport, storage: "SqlStorage", group: str) -> Iterator[None]:
     """While the block runs, what the workers of this group tell is put into the storage, which has its tables.
 
-    A broker that is away is waited for. What else ends the recorder is logged, and the block goes on without it.
+    A broker or database that is away is waited for. What else ends the recorder is logged; the block goes on without.
     """
     thread = _Recording(transport, storage, group)
     thread.start()
@@ -57,12 +57,12 @@ class _Recording(threading.Thread):
             try:
                 if not self._ended.is_set():  # stop() may have come before there was a recorder to be stopped
                     self._recorder.run()
-            except TransportError as exc:
+            except ConfigurationError as exc:
+                logger.error("Nothing is recorded of group %s: %s", self._group, exc.message)
+                return
+            except Error as exc:
                 logger.warning("The recorder of group %s starts again: %s", self._group, exc.message)
                 self._ended.wait(_AGAIN_S)
-            except ConfigurationError as exc:
-                logger.error("Nothing is recorded: %s", exc.message)
-                return
             except Exception:
                 logger.exception("Nothing is recorded any more of group %s", self._group)
                 return

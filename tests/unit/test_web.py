@@ -63,7 +63,6 @@ def work(transport):
 @pytest.fixture
 def storage():
     storage = get_storage_from_url("memory:")
-    storage.install()
     yield storage
     storage.close()
 
@@ -87,6 +86,16 @@ def make(transport, storage):
 @pytest.fixture
 def api(make):
     return make()
+
+
+@pytest.fixture(scope="module")
+def still():
+    """A client for tests that change nothing: one for all of them."""
+    transport, storage = with_topics(MemoryTransport()), get_storage_from_url("memory:")
+    app = create_app(transport, storage=storage, registry=registry, settings=WebSettings(group="shop", topic="shop"))
+    yield app.test_client()
+    app.extensions["kser"].close()
+    storage.close()
 
 
 def launch(api, **body):
@@ -174,15 +183,15 @@ def test_launched_twice_with_one_idempotency_key_it_is_started_once(api, transpo
         ([], "_schema"),
     ],
 )
-def test_what_cannot_be_launched_is_a_problem_that_says_why(api, body, told):
-    answer = api.post("/api/1/operations", json=body)
+def test_what_cannot_be_launched_is_a_problem_that_says_why(still, body, told):
+    answer = still.post("/api/1/operations", json=body)
     assert (answer.status_code, answer.content_type) == (422, "application/problem+json")
     assert told in answer.json["detail"]
     assert "Traceback" not in answer.text
 
 
-def test_the_entrypoints_are_listed(api):
-    found = {entry["name"]: entry for entry in api.get("/api/1/entrypoints").json["entrypoints"]}
+def test_the_entrypoints_are_listed(still):
+    found = {entry["name"]: entry for entry in still.get("/api/1/entrypoints").json["entrypoints"]}
     assert found[Charge.path] == {
         "name": Charge.path, "aliases": [], "kind": "task", "required": ["amount"], "about": "Takes the money.",
     }  # fmt: skip
@@ -215,20 +224,20 @@ def test_a_failed_operation_is_resumed_with_other_parameters(api, transport):
     assert api.post(f"/api/1/operations/{uuid}/resume").status_code == 409
 
 
-def test_what_nobody_knows_is_not_found(api):
+def test_what_nobody_knows_is_not_found(still):
     for answer in (
-        api.get("/api/1/operations/nope"),
-        api.get("/api/1/operations/nope/logs"),
-        api.get("/api/1/operations/nope/progress"),
-        api.get("/api/1/operations/nope/timeline"),
-        api.post("/api/1/operations/nope/resume"),
-        api.get("/api/1/builds/77"),
-        api.delete("/api/1/builds/77"),
-        api.get("/api/1/dead-letters/0:99"),
-        api.get("/api/1/dead-letters?group=nobody"),
-        api.get("/api/1/nothing"),
-        api.get("/api/1/operations/a%00b"),
-        api.get("/"),
+        still.get("/api/1/operations/nope"),
+        still.get("/api/1/operations/nope/logs"),
+        still.get("/api/1/operations/nope/progress"),
+        still.get("/api/1/operations/nope/timeline"),
+        still.post("/api/1/operations/nope/resume"),
+        still.get("/api/1/builds/77"),
+        still.delete("/api/1/builds/77"),
+        still.get("/api/1/dead-letters/0:99"),
+        still.get("/api/1/dead-letters?group=nobody"),
+        still.get("/api/1/nothing"),
+        still.get("/api/1/operations/a%00b"),
+        still.get("/"),
     ):
         assert (answer.status_code, answer.content_type) == (404, "application/problem+json")
         assert answer.json["status"] == 404
@@ -288,8 +297,8 @@ def test_dead_letters_are_purged(api, dead, transport):
 
 @pytest.mark.parametrize("body", [{}, {"ids": ["0:1"], "matching": {}}, {"ids": []}, {"ids": ["x"]}])
 @pytest.mark.parametrize("action", ["replay", "purge"])
-def test_which_dead_letters_are_meant_has_to_be_said(api, action, body):
-    assert api.post(f"/api/1/dead-letters/{action}", json=body).status_code == 422
+def test_which_dead_letters_are_meant_has_to_be_said(still, action, body):
+    assert still.post(f"/api/1/dead-letters/{action}", json=body).status_code == 422
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
@@ -362,8 +371,8 @@ def test_logs_and_progress_of_an_execution(api, storage, build):
         ("dead-letters?replayed=perhaps", "replayed"),
     ],
 )
-def test_a_wrong_query_is_a_problem_that_names_the_field(api, path, field):
-    answer = api.get(f"/api/1/{path}")
+def test_a_wrong_query_is_a_problem_that_names_the_field(still, path, field):
+    answer = still.get(f"/api/1/{path}")
     assert (answer.status_code, answer.content_type) == (422, "application/problem+json")
     assert field in answer.json["errors"]
 
@@ -467,10 +476,10 @@ def test_with_a_token_nothing_but_health_and_the_document_is_open(make):
     assert "t0ken" not in repr(api.application.extensions["kser"].settings)
 
 
-def test_a_web_page_of_another_site_can_do_nothing(api):
-    answer = api.post("/api/1/operations", json={"entrypoint": "Order"}, headers={"Origin": "http://evil.example"})
+def test_a_web_page_of_another_site_can_do_nothing(still):
+    answer = still.post("/api/1/operations", json={"entrypoint": "Order"}, headers={"Origin": "http://evil.example"})
     assert answer.status_code == 403
-    assert api.get("/api/1/workers", headers={"Host": "evil.example"}).status_code == 403
+    assert still.get("/api/1/workers", headers={"Host": "evil.example"}).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -485,13 +494,13 @@ def test_a_web_page_of_another_site_can_do_nothing(api):
         (b'{"entrypoint": "\\ud800"}', "application/json", 422),
     ],
 )
-def test_a_body_that_cannot_be_read_is_a_problem(api, body, content_type, status):
-    answer = api.post("/api/1/operations", data=body, content_type=content_type)
+def test_a_body_that_cannot_be_read_is_a_problem(still, body, content_type, status):
+    answer = still.post("/api/1/operations", data=body, content_type=content_type)
     assert (answer.status_code, answer.content_type) == (status, "application/problem+json")
 
 
-def test_a_wrong_method_is_a_problem(api):
-    answer = api.put("/api/1/operations")
+def test_a_wrong_method_is_a_problem(still):
+    answer = still.put("/api/1/operations")
     assert (answer.status_code, answer.content_type) == (405, "application/problem+json")
     assert "GET" in answer.headers["Allow"]
 
@@ -535,12 +544,12 @@ def test_a_fault_of_the_api_is_told_without_details(make, storage, caplog):
     assert "AttributeError" in caplog.text
 
 
-def test_the_openapi_document_is_valid_and_tells_of_every_resource(api):
-    document = api.get("/api/1/openapi.json").json
+def test_the_openapi_document_is_valid_and_tells_of_every_resource(still):
+    document = still.get("/api/1/openapi.json").json
     validate(document)
     rules = {
         rule.rule.replace("<int:", "{").replace("<", "{").replace(">", "}")
-        for rule in api.application.url_map.iter_rules()
+        for rule in still.application.url_map.iter_rules()
     }
     assert rules - {"/api/1/openapi.json"} == set(document["paths"])
     operations = [path[method] for path in document["paths"].values() for method in path if method != "parameters"]

@@ -28,7 +28,6 @@ def served():
     """The API, with something to be found in it."""
     transport, storage = MemoryTransport(), get_storage_from_url("memory:")
     ensure_group_topics(transport.admin(), "shop", ["shop"])
-    storage.install()
     build = storage.create_build("nightly", {}, {})
     storage.start_build(build)
     storage.log_message(build, 30, "slow")
