@@ -60,7 +60,7 @@ docs: setup  ## build the documentation into site/
 	@echo "built: site/index.html"
 
 bench: setup  ## the benchmarks, with their ratios
-	@for name in import_time in_process launches produce_to_done; do \
+	@for name in import_time in_process launches produce_to_done recorder; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 clean:  ## remove .venv and what was built

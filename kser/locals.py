@@ -1,7 +1,7 @@
 """Objects of the current context: werkzeug's, loaded when the first of them is asked for.
 
-``Local``, ``LocalStack``, ``LocalProxy`` and ``release_local`` are those of werkzeug.local: each thread and each asyncio
-task sees values of its own. ``LocalProxy(callable)`` forwards to what the callable gives; a proxy of nothing raises
+``Local``, ``LocalStack``, ``LocalProxy`` and ``release_local`` are those of werkzeug.local: threads and asyncio tasks
+see values of their own. ``LocalProxy(callable)`` forwards to what the callable gives; a proxy of nothing raises
 RuntimeError.
 """
 

@@ -193,7 +193,7 @@ def _worker(data: Mapping[str, Any]) -> WorkerTold:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
-    return value if value.isascii() and "\x00" not in value else clean_text(value)
+    return clean_text(value)
 
 
 def _name(value: Any) -> str:

@@ -88,6 +88,8 @@ def _check(value: Any, where: str, depth: int) -> None:
 
 def clean_text(text: str) -> str:
     """``text`` as every database takes it: NUL and lone surrogates are written with backslashes."""
+    if text.isascii() and "\x00" not in text:
+        return text
     return text.encode("utf-8", "backslashreplace").decode().replace("\x00", "\\x00")
 
 
