@@ -20,9 +20,11 @@ def is_loopback(host: str) -> bool:
     if host.lower() == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        address = ipaddress.ip_address(host.strip("[]"))
     except ValueError:
         return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 def check_listen(host: str, token: str | None) -> None:
@@ -39,14 +41,16 @@ def guard(token: str | None) -> Callable[[Request], Response | None]:
     """A check of requests: None when one may pass, else the answer that refuses it.
 
     Args:
-        token: what follows ``Authorization: Bearer``. None: no token is asked for, and then only requests for a name of
-            this machine pass, so that no web site can have its name point here (DNS rebinding).
+        token: what follows ``Authorization: Bearer``. None: no token is asked for, and then only requests from this
+            machine pass, for a name of this machine, so that no web site can have its name point here (DNS rebinding).
 
     A request that changes something and comes from a web page of another site is refused in any case.
     """
     wanted = None if token is None else token.encode()
 
     def check(request: Request) -> Response | None:
+        if wanted is None and request.remote_addr and not is_loopback(request.remote_addr):
+            return problem(403, f"Without a token only this machine may call, not {request.remote_addr}")
         if wanted is None and not is_loopback(_name(request.host)):
             return problem(403, f"Without a token only requests for this machine's own name pass, not {request.host!r}")
         if wanted is not None:

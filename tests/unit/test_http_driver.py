@@ -364,6 +364,15 @@ def test_without_a_token_only_names_of_this_machine_pass(host, status):
     assert answer.status_code == status
 
 
+@pytest.mark.parametrize(
+    ("address", "status"), [("127.0.0.1", 422), ("::1", 422), ("::ffff:127.0.0.1", 422), ("10.0.0.7", 403), ("", 422)]
+)
+def test_without_a_token_only_this_machine_may_call_whatever_server_it_is(address, status):
+    """A program of one's own may listen anywhere; a socket of this machine's files has no address."""
+    answer = client_of().post("/api/1/messages", json={}, environ_base={"REMOTE_ADDR": address})
+    assert answer.status_code == status
+
+
 def test_an_exception_of_the_program_is_no_traceback():
     def take(messages):
         raise RuntimeError("secret detail")
