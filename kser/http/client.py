@@ -99,6 +99,9 @@ def _document(raw: bytes, status: int, url: str) -> dict[str, Any]:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError:
         data = None
-    if not isinstance(data, dict):
-        raise DeliveryError(f"{url} answered with status {status} and no JSON object: is it the API of kser?")
-    return data
+    if isinstance(data, dict):
+        return data
+    told = f"{url} answered with status {status} and no JSON object: is it the API of kser?"
+    if status < 400:
+        raise DeliveryError(told)
+    return {"detail": told}

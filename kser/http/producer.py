@@ -7,7 +7,7 @@ from urllib.parse import quote
 import orjson
 
 from kser import results
-from kser.errors import ConfigurationError, Error
+from kser.errors import ConfigurationError, Error, ValidationError
 from kser.http.client import ApiClient, error_of
 from kser.http.sink import HttpSink
 from kser.producer import BaseProducer
@@ -40,8 +40,11 @@ class Producer(BaseProducer):
         config |= {"url": url} if isinstance(url, str) else dict(url)
         if unknown := sorted(map(str, set(config) - _OPTIONS)):
             raise ConfigurationError(f"Unknown option {', '.join(unknown)}: there are {', '.join(sorted(_OPTIONS))}")
+        seconds = config["request_s"]
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+            raise ConfigurationError(f"request_s={seconds!r}: give a number of seconds, more than 0")
         self._client = ApiClient(config.get("url", ""), config["token"])
-        super().__init__(HttpSink(self._client, config["request_s"]))
+        super().__init__(HttpSink(self._client, seconds))
 
     def abort(self, uuid: str, *, group: str = "kser", why: str = "", timeout: float = 60) -> Result:
         """Tell the workers of a group that an operation, or a task of none, is to end.
@@ -74,6 +77,6 @@ class Producer(BaseProducer):
                 raise error_of(status, document)
         except Error as exc:
             return results.from_exception(exc, uuid)
-        except TypeError as exc:
-            return Result(uuid=uuid, retcode=400, stderr=f"params cannot be written as JSON: {exc}")
+        except (TypeError, ValueError) as exc:  # no text, no JSON, no time
+            return results.from_exception(ValidationError(f"{action}() of {uuid} cannot be posted: {exc}"), str(uuid))
         return Result(uuid=uuid, stdout=str(document.get("detail", "")), retval={"run": document.get("run")})

@@ -46,6 +46,11 @@ def check_topic(name: str) -> None:
         raise SchemaError(f"{name!r} {TOPIC_NAME_RULE}")
 
 
+def _check_header(pair: list[str | None]) -> None:
+    if pair and pair[0] is None:
+        raise SchemaError("A header has a name")
+
+
 class EnvelopeSchema(MessageSchema):
     """A message. Only its entrypoint is required; it gets a random uuid when it has none."""
 
@@ -67,7 +72,7 @@ class PostedSchema(Schema):
         metadata={"description": "Record key; default the message's operation, else its uuid"},
     )
     headers = fields.List(
-        fields.List(fields.String(allow_none=True), validate=validate.Length(equal=2)),
+        fields.List(fields.String(allow_none=True), validate=[validate.Length(equal=2), _check_header]),
         load_default=list,
         metadata={"description": "Record headers, [name, text or null] each"},
     )
@@ -123,7 +128,7 @@ def posted(data: Mapping[str, Any]) -> list[Posted]:
             item["topic"],
             Message(**{**item["message"], "uuid": item["message"]["uuid"] or str(uuids.uuid4())}),
             item["key"],
-            tuple((name or "", None if text is None else text.encode("utf-8")) for name, text in item["headers"]),
+            tuple((name, None if text is None else text.encode("utf-8")) for name, text in item["headers"]),
         )
         for item in data["messages"]
     ]

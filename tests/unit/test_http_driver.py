@@ -205,6 +205,18 @@ def test_what_is_posted_is_what_arrives(params, uuid, key, headers):
     assert arrived.kmsg.dump() == message.dump()
 
 
+@pytest.mark.parametrize("seconds", [0, -1, "5", True, float("nan")])
+def test_a_time_that_cannot_be_is_told(seconds):
+    with pytest.raises(ConfigurationError, match="give a number of seconds"):
+        Producer("http://127.0.0.1:1", request_s=seconds)
+
+
+def test_what_cannot_be_posted_is_a_failed_result(producer):
+    assert producer.resume("u", params={"x": object()}).retcode == 400
+    assert producer.abort("u", timeout=-1).retcode == 400
+    assert producer.abort("u").retcode == 404  # this endpoint takes messages only
+
+
 # -- the consumer ----------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +327,7 @@ def client_of(take=lambda messages: [], token=None):
         ({"messages": [{"topic": "a", "message": {}}]}, "messages"),
         ({"messages": [{"topic": "a", "message": {"entrypoint": "e"}, "headers": [["x"]]}]}, "messages"),
         ({"messages": [{"topic": "a", "message": {"entrypoint": "e", "params": 1}}]}, "messages"),
+        ({"messages": [{"topic": "a", "message": {"entrypoint": "e"}, "headers": [[None, "x"]]}]}, "messages"),
         ([], "_schema"),
     ],
 )
