@@ -1,8 +1,8 @@
 """Events a second that a recorder stores, on sqlite and on PostgreSQL, beside what one worker tells at full speed.
 
-``recorder.py [OPERATIONS]`` (default 4000): histories of operations of three tasks, from memory: the broker is not in it.
-PostgreSQL is one of the tests' own and commits to disk here, as a real one does. A worker at full speed settles about
-as many tasks a second as benchmarks/worker.py says, and tells one event and, over 0.1 s, some telemetry for each.
+``recorder.py [OPERATIONS]`` (default 4000): histories of operations of three tasks, without a broker.
+PostgreSQL is one of the tests' own and commits to disk here, as a real one does. A worker tells one event for each
+task (benchmarks/produce_to_done.py says how many those are a second), and telemetry only of those over 0.1 s.
 """
 
 import argparse

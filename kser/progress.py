@@ -13,18 +13,18 @@ SEPARATOR = "::"
 Row = tuple[Sequence[str] | str | None, int, int, str]
 
 
-def parse_group(name: Sequence[str] | str | None) -> tuple[str, ...]:
-    """The names of nested groups: of a tuple or list, of a text with ``::`` between them; () for None and "".
+def parse_group(group_name: Any) -> tuple[str, ...]:
+    """The path of a progress group: of a tuple or list of names, a text with ``::`` between them, or None.
 
-    Raises TypeError when it is none of these.
+    Raises TypeError for anything else.
     """
-    if name is None:
+    if group_name is None:
         return ()
-    if isinstance(name, str):
-        return tuple(part for part in name.split(SEPARATOR) if part)
-    if isinstance(name, (tuple, list)) and all(isinstance(part, str) for part in name):
-        return tuple(part for whole in name for part in whole.split(SEPARATOR) if part)
-    raise TypeError(f"group_name={name!r}: give a text, a tuple or list of texts, or None for the top level")
+    if isinstance(group_name, str):
+        return tuple(str.__str__(group_name).split(SEPARATOR)) if group_name else ()
+    if isinstance(group_name, (tuple, list)) and all(isinstance(name, str) for name in group_name):
+        return tuple(str.__str__(name) for name in group_name)
+    raise TypeError(f"group_name={group_name!r}: give a tuple of names, a text like 'a::b', or None")
 
 
 @dataclass(init=False, slots=True, repr=False, eq=True)

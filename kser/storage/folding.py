@@ -54,7 +54,7 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
         "position": min(event.position for event in counted),
         "attempt": max(last.attempt, *(event.attempt for event in current)),
         "status": str(status),
-        "created": from_ms(min(event.at_ms for event in events)) or _EPOCH,
+        "created": from_ms(min([event.at_ms for event in events] + [started_ms] * bool(started_ms))) or _EPOCH,
         "start_time": from_ms(started_ms),
         "end_time": from_ms(last.at_ms) if ended else None,
         "started": bool(started_ms) or ended or status == Status.RUNNING,

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, and_, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from kser.progress import SEPARATOR
@@ -197,16 +197,28 @@ class Projection:
         self._add_workers(connection, batch.workers)
 
     def _lock_builds(self, connection: Connection, about: Sequence[Told]) -> dict[str, Row[Any]]:
-        """A row for everything that is told of and the operations around it, locked until the end; by uuid."""
-        build = self._tables.build
+        """A row for everything that is told of and the operations around it, locked until the end; by uuid.
+
+        Root operations first: who has one may change all that is in it, and nobody waits for another in a circle.
+        """
         wanted: dict[str, dict[str, Any]] = {}
         for told in about:
             wanted.setdefault(told.uuid, self._first_row(told, told.uuid))
             if told.root is not None and told.root not in wanted:
                 wanted[told.root] = self._first_row(told, told.root)
-        uuids = sorted(wanted)  # in one order everywhere
-        statement = insert(connection, build).on_conflict_do_nothing()
-        connection.execute(statement, [wanted[uuid] for uuid in uuids])
+        roots = {told.root for told in about if told.root is not None}
+        found: dict[str, Row[Any]] = {}
+        for uuids in (sorted(roots), sorted(set(wanted) - roots)):
+            if uuids:
+                self._make_rows(connection, [wanted[uuid] for uuid in uuids])
+                found |= self._locked(connection, uuids)
+        return found
+
+    def _make_rows(self, connection: Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        connection.execute(insert(connection, self._tables.build).on_conflict_do_nothing(), list(rows))
+
+    def _locked(self, connection: Connection, uuids: Sequence[str]) -> dict[str, Row[Any]]:
+        build = self._tables.build
         found: dict[str, Row[Any]] = {}
         columns = (build.c.id, build.c.uuid, build.c.job_id, build.c.job_config, build.c.created)
         for some in chunks(uuids):
@@ -303,7 +315,8 @@ class Projection:
         )
         earlier = or_(build.c.start_time.is_(None), began < build.c.start_time)
         here = and_(build.c.uuid.in_(roots), began.is_not(None), earlier)
-        connection.execute(update(build).where(here).values(start_time=began))
+        created = case((build.c.created > began, began), else_=build.c.created)
+        connection.execute(update(build).where(here).values(start_time=began, created=created))
 
     def _end_steps(self, connection: Connection, roots: Sequence[str] | None) -> int:
         """End what goes on in runs of these operations (None: of all) that are over; the number of steps.

@@ -142,15 +142,14 @@ class Recording:
 
     def compare(self) -> None:
         """The storage tells what the topics tell, step by step, and so does one that is made of them anew."""
+        self._end(WORKERS)  # they would go on to tell of themselves
         with self.opened(self.url) as storage:
             self.wait_recorded(storage)
             events = self.events()
             assert differences(storage, events) == []
             self._look(storage)
             kept = snapshot(storage)
-            for process in [self._processes.pop(name) for name in RECORDERS]:
-                process.terminate()
-                process.wait(20)
+            self._end(RECORDERS)
             self.rebuild(self.url, "--rebuild")
             self.wait_recorded(storage)
             assert snapshot(storage) == kept
@@ -175,6 +174,13 @@ class Recording:
         finally:
             child.terminate()
             child.wait(20)
+
+    def _end(self, names: Sequence[str]) -> None:
+        processes = [self._processes.pop(name) for name in names]
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(30)
 
     def _stored(self, storage: SqlStorage) -> int:
         return len(storage.history.list_projections())

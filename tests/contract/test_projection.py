@@ -47,6 +47,7 @@ def test_an_operation_and_its_steps_are_a_tree_in_the_order_of_their_positions(s
         ("op/2", 2, "SUCCESS"),
     ]
     assert found.started == found.tasks[0].started == at(START_MS)  # with its first step
+    assert found.created == found.started
     assert found.ended == at(START_MS + 7000)
     assert found.duration_s == 7.0
     assert found.params == {"of": "op"}

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -582,6 +583,14 @@ def test_a_database_that_is_away_is_told_without_its_password(postgresql):
     assert "geheim" not in str(caught.value.message)
     assert time.monotonic() - began < 15
     storage.close()
+
+
+def test_a_driver_that_is_not_installed_is_told_with_the_line_to_type(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    with pytest.raises(
+        ConfigurationError, match=r"needs psycopg, which is not installed: pip install 'kser\[postgres\]'"
+    ):
+        get_storage_from_url("postgresql://u:geheim@h/d")
 
 
 def test_user_password_and_database_of_a_url_are_decoded(postgresql):

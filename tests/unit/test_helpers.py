@@ -261,7 +261,7 @@ def test_rows_make_a_tree_in_any_order():
         ("a", ("a",)),
         ("a::b", ("a", "b")),
         (("a", "b"), ("a", "b")),
-        (["a::b", "c"], tuple("abc")),
+        (["a", "c"], ("a", "c")),
     ],
 )
 def test_a_group_is_a_path_in_any_form(given, path):
@@ -270,5 +270,5 @@ def test_a_group_is_a_path_in_any_form(given, path):
 
 @pytest.mark.parametrize("given", [5, (1, 2), {"a"}])
 def test_what_is_no_path_is_a_type_error(given):
-    with pytest.raises(TypeError, match="give a text, a tuple or list of texts, or None"):
+    with pytest.raises(TypeError, match="give a tuple of names, a text like 'a::b', or None"):
         parse_group(given)
