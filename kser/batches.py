@@ -329,10 +329,13 @@ class SharedBatch(Batch):
     def wait(self, timeout: float) -> None:
         """See Batch."""
         end = time.monotonic() + timeout - _giving_up_s(timeout)
+        sink = self.producer._sink
+        # flush() waits for what other threads have under way, too, where the sink knows no better.
+        wait: Callable[[float], object] = getattr(sink, "await_news", sink.flush)
         why = _too_late(timeout)
         try:
             while self.open and (left := end - time.monotonic()) > 0:
-                self.producer._sink.flush(min(left, _SLICE_S))
+                wait(min(left, _SLICE_S))
         except Error as exc:
             why = f"was not confirmed: {exc.message}"
         if self.open:

@@ -37,6 +37,8 @@ _BEGIN: Final = 8
 _NO_PROGRESS: Final = frozenset({EventType.MESSAGE_REJECTED, EventType.MESSAGE_DEAD_LETTERED, EventType.RUN_SENT})
 #: A message that came back from the dead letters so often is not sent back again unless it is forced.
 MAX_REDRIVES: Final = 3
+#: Longest wait for one answer about topics, in seconds.
+_ANSWER_S: Final = 10.0
 
 # The class below has a method called list.
 _Letters = list[DeadLetter]
@@ -353,7 +355,10 @@ class DeadLetters:
     def _partitions_of(self, topics: Iterable[str]) -> dict[str, int]:
         """How many partitions each of those topics has that exist."""
         asked = [topic for topic in dict.fromkeys(topics) if topic]
-        return {name: info.partitions for name, info in self._transport.admin().describe(asked).items()}
+        return {
+            name: info.partitions
+            for name, info in self._transport.admin().describe(asked, min(self._timeout_s, _ANSWER_S)).items()
+        }
 
     def _with_fate(self, letters: Sequence[DeadLetter], newest: "_Newest") -> _Letters:
         """These letters, each with whether it was replayed."""

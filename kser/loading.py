@@ -21,6 +21,7 @@ __all__ = [
     "Needs",
     "absolute",
     "answer_to",
+    "file_of",
     "find_class",
     "guard",
     "import_target",
@@ -141,6 +142,12 @@ def absolute(target: str) -> str:
     if not _is_file(path):
         return target
     return f"{Path(path).resolve()}:{attribute}" if attribute else str(Path(path).resolve())
+
+
+def file_of(target: str) -> Path | None:
+    """The file that ``target`` names, with its full path; None when it names a module."""
+    path, _ = _split(target)
+    return Path(path).resolve() if _is_file(path) else None
 
 
 class Needs(NamedTuple):

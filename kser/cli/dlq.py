@@ -1,6 +1,5 @@
 """``kser dlq``: look at the dead letters of a group, send them back, delete them."""
 
-import base64
 import functools
 import re
 import sys
@@ -12,7 +11,7 @@ import click
 
 from kser.cli.connection import Connection
 from kser.cli.errors import FAILED, MISUSE, CommandFailed
-from kser.cli.letters_view import details, header_text, hints, outcome_lines, table
+from kser.cli.letters_view import details, hints, outcome_lines, table
 from kser.cli.options import (
     Decorator,
     Function,
@@ -28,11 +27,10 @@ from kser.cli.options import (
 from kser.cli.output import write_json
 from kser.dead_letters import DeadLetter, DeadLetters, Found, Replay
 from kser.errors import ValidationError
-from kser.masking import mask
-from kser.schemas import parse
+from kser.letters_json import content_as_json, letter_as_json, outcome_as_json
 from kser.worker.topic_findings import count
 
-__all__ = ["dlq", "outcome_as_json"]
+__all__ = ["dlq"]
 
 #: Letters that `kser dlq list` shows when nobody says how many.
 _SHOWN = 50
@@ -133,7 +131,7 @@ def list_(
     with connection.patience():
         found = letters.search(**filters, limit=shown, replayed=replayed)
     if output == "json":
-        write_json([_as_json(letter) for letter in found.letters])
+        write_json([letter_as_json(letter) for letter in found.letters])
         return
     for line in table(found.letters):
         click.echo(line)
@@ -167,7 +165,7 @@ def show(id: str, group: str | None, connection: Connection, output: str) -> Non
     with connection.patience():
         letter = letters.show(id)
     if output == "json":
-        write_json(_as_json(letter) | _content(letter))
+        write_json(letter_as_json(letter) | content_as_json(letter))
         return
     for line in details(letter, letters.group):
         click.echo(line)
@@ -342,60 +340,3 @@ def _chosen(
             "Say which dead letters: by their ids, by --task, --error, --since, --until, --operation, --limit, or --all"
         )
     return letters.list(**filters, replayed=replayed)
-
-
-def _as_json(letter: DeadLetter) -> dict[str, Any]:
-    """What JSON output tells of a letter, without its value."""
-    return {
-        "id": letter.id,
-        "at": datetime.fromtimestamp(letter.at / 1000, UTC).isoformat(timespec="milliseconds"),
-        "entrypoint": letter.entrypoint,
-        "uuid": letter.uuid,
-        "operation": letter.operation,
-        "run": letter.run,
-        "position": letter.position,
-        "error_type": letter.error_type,
-        "error": letter.error,
-        "attempt": letter.attempt,
-        "redrive": letter.redrive,
-        "replayed": letter.replayed,
-        "worker": letter.worker,
-        "origin": {
-            "topic": letter.origin_topic,
-            "partition": letter.origin_partition,
-            "offset": letter.origin_offset,
-        },
-        "key": _text(letter.key),
-        "left_out": letter.left_out,
-        "unreadable": letter.unreadable,
-    }
-
-
-def _content(letter: DeadLetter) -> dict[str, Any]:
-    """The rest: traceback, headers, and the value as masked JSON, or in base64 when it is none."""
-    try:
-        value = {"value": mask(parse(letter.value or b""))}
-    except ValidationError:
-        value = {"value_base64": None if letter.value is None else base64.b64encode(letter.value).decode()}
-    return {"trace": letter.trace, "headers": [[name, header_text(name, raw)] for name, raw in letter.headers], **value}
-
-
-def outcome_as_json(outcome: Replay) -> dict[str, Any]:
-    """What JSON output tells of a replay."""
-    record = outcome.record
-    return {
-        "id": outcome.letter.id,
-        "status": outcome.status,
-        "reason": outcome.reason,
-        "entrypoint": outcome.entrypoint,
-        "uuid": outcome.letter.uuid,
-        "operation": outcome.letter.operation,
-        "run": outcome.run,
-        "position": outcome.position,
-        "topic": record.topic if record is not None else None,
-        "partition": record.partition if record is not None else None,
-    }
-
-
-def _text(raw: bytes | None) -> str | None:
-    return None if raw is None else raw.decode("utf-8", "backslashreplace")

@@ -7,7 +7,6 @@ import click
 from kser import results
 from kser.cli import logs
 from kser.cli.connection import Connection
-from kser.cli.errors import CommandFailed
 from kser.cli.options import (
     example,
     format_option,
@@ -22,11 +21,12 @@ from kser.cli.options import (
 )
 from kser.cli.send import NO_TOPIC, tell_sent
 from kser.cli.watch import Deadline, watch
-from kser.entry import Entrypoint, wire_name
-from kser.errors import ConfigurationError, Error, ValidationError
+from kser.entry import Entrypoint
+from kser.errors import ConfigurationError
 from kser.events import events_topic
 from kser.headers import Headers
-from kser.loading import find_class, load, where
+from kser.launching import build
+from kser.loading import find_class, load
 from kser.results import Result
 from kser.schemas import Message
 from kser.sequencing.operation import Operation
@@ -90,7 +90,7 @@ def launch(
     loaded = load(registry)
     if (default := connection.topic(topic)) is not None:
         loaded.configure(topic=default)
-    made = _build(find_class(loaded, operation), params, message_key, key)
+    made = build(find_class(loaded, operation), params, message_key, key)
     target = _target(made, loaded, topic)
     deadline = Deadline(timeout)
     if not follow:
@@ -110,29 +110,6 @@ def launch(
         watch(reader, made.uuid, made.path, group=named, topic=target, deadline=deadline, output=output)
     finally:
         reader.close()
-
-
-def _build(cls: type[Entrypoint], params: dict[str, Any], message_key: str | None, key: str | None) -> Entrypoint:
-    """The task or operation, ready to be sent. Raises ValidationError for a missing parameter."""
-    if key and not issubclass(cls, Operation):
-        raise ValidationError(f"--key {key}: only operations are started once; {wire_name(cls)} is a task")
-    try:
-        made = cls(params=params, idempotency_key=key) if key and issubclass(cls, Operation) else cls(params=params)
-        if isinstance(made, Task) and message_key:
-            made.key = message_key
-        if isinstance(made, Operation):
-            made.build()
-        else:
-            made.check_required_params()
-    except Error:
-        raise
-    except Exception as exc:  # user code
-        raise CommandFailed(f"{wire_name(cls)} cannot be built: {where(exc)}: {type(exc).__name__}: {exc}") from exc
-    if isinstance(made, Operation) and not made.tasks:
-        raise CommandFailed(f"{made.path} has nothing to do: its build_tasks() gave no task")
-    if not results.is_success(made.result):  # its postinit() raised
-        raise CommandFailed(f"{made.path} cannot be built: {made.result.stderr}")
-    return made
 
 
 def _target(made: Entrypoint, registry: OperationRegistry, given: str | None) -> str:

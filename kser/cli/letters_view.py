@@ -16,13 +16,14 @@ import click
 from kser.dead_letters import DeadLetter, Replay
 from kser.errors import ValidationError
 from kser.letters import decode
+from kser.letters_json import header_text
 from kser.masking import mask, mask_text
 from kser.redrive import remaining
 from kser.schemas import Message, parse
 from kser.sequencing.itinerary import METADATA_KEY
 from kser.worker.dead_letters import OWN_HEADERS
 
-__all__ = ["details", "header_text", "hints", "outcome_lines", "table"]
+__all__ = ["details", "hints", "outcome_lines", "table"]
 
 _COLOURS = {"sent": "green", "ready": "cyan", "refused": "yellow", "failed": "red"}
 _WORDS = {"ready": "would be sent"}
@@ -149,13 +150,6 @@ def _outcome(outcome: Replay, *, short: bool) -> str:
         operation = letter.operation[:_SHORT] if short else letter.operation
         return f"{outcome.entrypoint} {to}, run {outcome.run} of operation {operation} from position {outcome.position}"
     return f"{letter.name} {to}" + (f", run {outcome.run}" if outcome.run is not None else "")
-
-
-def header_text(name: str, raw: bytes | None) -> str | None:
-    """The value of a header as text, masked when its name looks secret, or when names in it do."""
-    if raw is None:
-        return None
-    return mask_text(str(mask({name: raw.decode("utf-8", "backslashreplace")})[name]))
 
 
 # -- inside ------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ FORMAT_OF_SEVERAL = "%(asctime)s %(levelname)-8s %(process)d %(message)s"
 
 #: What these say of a broker that does not answer, a command's own error line tells as well.
 _TOLD_BY_COMMANDS = ("kser.producer", "kser.confluent")
+#: Of these nobody who runs a command wants to know what they do when all is well.
+_CHATTY = ("alembic", "watchfiles")
 
 
 class _StderrHandler(logging.StreamHandler[IO[str]]):
@@ -43,6 +45,8 @@ def configure(level: str, *, chosen: bool = True) -> None:
     quiet = not chosen and level.upper() == "WARNING"
     for name in _TOLD_BY_COMMANDS:
         logging.getLogger(name).setLevel(logging.CRITICAL if quiet else logging.NOTSET)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.WARNING if level.upper() == "INFO" else logging.NOTSET)
 
 
 def name_process() -> None:

@@ -14,6 +14,7 @@ from kser.cli.broker import broker
 from kser.cli.control import abort, pause, paused, resume
 from kser.cli.db import db
 from kser.cli.demo import demo
+from kser.cli.dev import dev
 from kser.cli.dlq import dlq
 from kser.cli.errors import FAILED, explain, interrupt
 from kser.cli.install import install, uninstall
@@ -26,6 +27,7 @@ from kser.cli.recorder import recorder
 from kser.cli.send import send
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
+from kser.cli.web import web
 from kser.cli.worker import worker
 from kser.cli.workers import workers
 from kser.version import kser_version
@@ -106,7 +108,7 @@ def cli(ctx: click.Context, output: str, log_level: str | None) -> None:  # noqa
     need_command(ctx)
 
 
-for _command in (demo, worker, launch, send, operations, dlq, tasks, topics, broker):
+for _command in (demo, dev, worker, launch, send, operations, dlq, tasks, topics, web, broker):
     cli.add_command(_command)
 for _command in (workers, lag, abort, pause, resume, paused):
     cli.add_command(_command)

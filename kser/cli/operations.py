@@ -5,7 +5,6 @@ from typing import Any
 import click
 
 from kser.cli.connection import Connection
-from kser.cli.dlq import outcome_as_json
 from kser.cli.errors import CommandFailed
 from kser.cli.letters_view import outcome_lines
 from kser.cli.options import (
@@ -21,6 +20,7 @@ from kser.cli.options import (
 from kser.cli.output import write_json
 from kser.dead_letters import DeadLetters
 from kser.errors import StatusError
+from kser.letters_json import outcome_as_json
 
 __all__ = ["operations"]
 

@@ -186,12 +186,22 @@ def test_help_of_each_command_has_an_example_to_copy(run, path):
 
 @pytest.mark.parametrize("path", list(COMMANDS))
 def test_each_option_reads_a_variable_of_its_name(path):
-    """But --topic of the broker, and what is paused: KSER_TOPIC is where messages are sent."""
+    """But --topic of the broker, and what is paused: KSER_TOPIC is where messages are sent.
+
+    And --port: in Kubernetes a service called kser sets KSER_PORT. And what `kser dev` has of its own: it must not
+    write into the history that a shell is set up for.
+    """
     for option in COMMANDS[path].params:
         if not isinstance(option, click.Option) or option.opts[0] == "-X":
             continue
         long = next(name for name in option.opts if name.startswith("--"))
         own = {(("broker",), "--topic"): "KSER_BROKER_TOPIC"}
+        own |= {(("web",), "--token"): "KSER_WEB_TOKEN"} | {
+            ((command,), f"--{what}"): f"KSER_HTTP_{what.upper()}"
+            for command in ("web", "dev")
+            for what in ("host", "port")
+        }
+        own |= {(("dev",), f"--{what}"): f"KSER_DEV_{what.upper()}" for what in ("topics", "group", "storage")}
         for command in ("pause", "resume"):
             own |= {((command,), f"--{what}"): f"KSER_PAUSE_{what.upper()}" for what in ("topic", "task", "worker")}
         assert option.envvar == own.get((path, long), "KSER_" + long[2:].upper().replace("-", "_"))

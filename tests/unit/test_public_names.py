@@ -76,6 +76,8 @@ def test_a_name_that_is_not_there_is_an_attribute_error():
         ("kser.python_kafka.producer", "Producer"),
         ("kser.confluent.consumer", "Consumer"),
         ("kser.confluent.producer", "Producer"),
+        ("kser.http.consumer", "Consumer"),
+        ("kser.http.producer", "Producer"),
         ("kser.dummy.consumer", "Consumer"),
         ("kser.dummy.producer", "Producer"),
     ],
@@ -96,6 +98,7 @@ def test_k11_k12_importing_kser_is_light(tmp_path):
 def test_k11_the_core_needs_no_driver():
     core = ["entry", "controller", "schemas", "producer", "worker", "events", "testing"]
     core += ["sequencing.task", "sequencing.operation", "sequencing.registry", "dummy.producer", "dummy.consumer"]
+    core += ["http.producer"]
     found = imported(*(f"kser.{name}" for name in core))
     assert [m for m in found["modules"] if m.split(".")[0] in HEAVY] == []
 

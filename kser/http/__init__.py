@@ -1,0 +1,1 @@
+"""HTTP driver: a producer that posts messages to the REST API, and the endpoint that takes them elsewhere."""

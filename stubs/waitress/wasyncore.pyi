@@ -1,0 +1,6 @@
+from typing import Any
+
+def loop(
+    timeout: float = 30.0, use_poll: bool = False, map: dict[int, Any] | None = None, count: int | None = None
+) -> None: ...
+def close_all(map: dict[int, Any] | None = None, ignore_all: bool = False) -> None: ...
