@@ -45,6 +45,7 @@ _Letters = list[DeadLetter]
 _Replays = list[Replay]
 _Events = list[Event]
 
+
 class Found(NamedTuple):
     """What a search gave."""
 

@@ -445,10 +445,8 @@ class Runner:
             self._keep_failed_end(outcome, consequences, work)
         return outcome
 
-    def _keep_failed(
-        self, records: list[OutRecord], work: Work, result: Result, status: str = Status.FAILED
-    ) -> None:
-        """Add the dead letter of a message whose task failed for good or was aborted, and the event that tells of it."""
+    def _keep_failed(self, records: list[OutRecord], work: Work, result: Result, status: str = Status.FAILED) -> None:
+        """Add the dead letter of a message that failed for good or was aborted, and the event that tells of it."""
         itinerary, kmsg = work.itinerary, work.kmsg
         inside = itinerary is not None and bool(itinerary.frames)
         launches = work.cls is not None and issubclass(work.cls, Operation)
