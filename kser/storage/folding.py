@@ -2,8 +2,8 @@
 
 1. Events of an older run than the newest count for nothing but when it was first heard of, and its place.
 2. In that run what ended it beats everything else; of two ends the one that was told first counts.
-3. Before its end the newest attempt counts, and in it, in this order: an operation's start, waiting, a task's start, to
-   be retried. Of two starts of one attempt the one told last counts: its worker took over.
+3. Before its end the newest attempt counts, and in it, in this order: that the run was sent, an operation's start,
+   waiting, a task's start, to be retried. Of two starts of one attempt the one told last counts: its worker took over.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,9 @@ FOLDED = (
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _ENDS = frozenset({"step.done", "step.failed", "step.aborted", "operation.ended", "message.rejected"})
 #: Order within one attempt.
-_STEPS = {"operation.started": 0, "message.waiting": 1, "task.started": 2, "step.retrying": 3}
+_STEPS = {"run.sent": 0, "operation.started": 1, "message.waiting": 2, "task.started": 3, "step.retrying": 4}
 _STATUS = {
+    "run.sent": Status.PENDING,
     "operation.started": Status.RUNNING,
     "message.waiting": Status.PENDING,
     "task.started": Status.RUNNING,
@@ -52,10 +53,10 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
     started_ms = _started_ms(counted, current, last, ended=ended)
     result = last.data.get("result")
     values: dict[str, Any] = {
-        "kind": "operation" if any(event.type.startswith("operation.") for event in counted) else "task",
-        "entrypoint": last.entrypoint,
+        "kind": "operation" if any(event.type.startswith("operation.") for event in counted) else _kind(last),
+        "entrypoint": last.entrypoint or _before(counted, "entrypoint") or "",
         "root": last.root,
-        "parent": last.parent,
+        "parent": last.parent or _before(counted, "parent"),
         "is_top": last.root is None or last.root == last.uuid,
         "run": run,
         "position": min(event.position for event in counted),
@@ -73,6 +74,16 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
         "note": str(last.data.get("note") or "") or None,
     }
     return values | _outcome(last, result if isinstance(result, dict) else None)
+
+
+def _kind(last: Told) -> str:
+    return "operation" if last.root == last.uuid else "task"
+
+
+def _before(counted: Sequence[Told], field: str) -> str | None:
+    """What was told of it last; who sends a new run does not tell all there is to know. None when nothing was."""
+    told = [event for event in counted if getattr(event, field)]
+    return getattr(max(told, key=lambda event: (event.run, event.place)), field) if told else None
 
 
 def _decisive(current: Sequence[Told]) -> Told:

@@ -24,7 +24,7 @@ from kser.status import Status
 from kser.storage.database import Database, chunks, insert
 from kser.storage.folding import FOLDED, fold
 from kser.storage.history import worker_state
-from kser.storage.records import LogTold, ProgressTold, Told, WorkerTold, parse, stored
+from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, of_root, parse, stored
 from kser.storage.schema import Tables
 from kser.storage.values import dump_any_json, from_ms, now
 from kser.transport import Partition, Record
@@ -245,7 +245,7 @@ class Projection:
     def _locked(self, connection: Connection, uuids: Sequence[str]) -> dict[str, Row[Any]]:
         build = self._tables.build
         found: dict[str, Row[Any]] = {}
-        columns = (build.c.id, build.c.uuid, build.c.job_id, build.c.job_config, build.c.created)
+        columns = (build.c.id, build.c.uuid, build.c.job_id, build.c.entrypoint, build.c.job_config, build.c.created)
         for some in chunks(uuids):
             query = select(*columns).where(build.c.uuid.in_(some)).order_by(build.c.uuid).with_for_update()
             found |= {row.uuid: row for row in connection.execute(query)}
@@ -302,8 +302,9 @@ class Projection:
         event, build = self._tables.event, self._tables.build
         events: dict[str, list[Told]] = {}
         for some in chunks([row.uuid for row in rows]):
-            for found in connection.execute(select(event).where(event.c.uuid.in_(some))):
-                events.setdefault(found.uuid, []).append(stored(found))
+            told_of = or_(event.c.uuid.in_(some), and_(event.c.type == RUN_SENT, event.c.root.in_(some)))
+            for uuid, own in _by_uuid(map(stored, connection.execute(select(event).where(told_of)))).items():
+                events.setdefault(uuid, []).extend(own)
         changes = []
         for row in rows:
             values = fold(events.get(row.uuid, []))
@@ -320,6 +321,8 @@ class Projection:
             "group_name": self._group,
             "job_id": row.job_id or values["entrypoint"],
         }
+        if not values["entrypoint"]:  # a new run is all that is told of it
+            columns["entrypoint"] = row.entrypoint
         if row.job_config is not None:  # somebody created it before it was sent
             columns["created"] = row.created
         return columns
@@ -330,7 +333,7 @@ class Projection:
             self._end_steps(connection, some)
 
     def _begin_roots(self, connection: Connection, roots: Sequence[str]) -> None:
-        """An operation began when the first of its steps did; its own event is told only once that has ended."""
+        """An operation, or a new run of it, began when the first of its steps did; its own event is told after that."""
         build = self._tables.build
         step = aliased(build)
         began = (
@@ -342,6 +345,14 @@ class Projection:
         here = and_(build.c.uuid.in_(roots), began.is_not(None), earlier)
         created = case((build.c.created > began, began), else_=build.c.created)
         connection.execute(update(build).where(here).values(start_time=began, created=created))
+        # A run that was sent goes on once a step of it is told of, unless it tells of itself, that it waits say.
+        event = self._tables.event
+        own = exists().where(event.c.uuid == build.c.uuid, event.c.run == build.c.run)
+        stepped = exists().where(
+            step.c.root == build.c.uuid, step.c.uuid != build.c.uuid, step.c.run == build.c.run, step.c.started
+        )
+        sent = and_(build.c.uuid.in_(roots), build.c.status == str(Status.PENDING), ~own, stepped)
+        connection.execute(update(build).where(sent).values(status=str(Status.RUNNING), note=None))
 
     def _end_steps(self, connection: Connection, roots: Sequence[str] | None) -> int:
         """End what goes on in runs of these operations (None: of all) that are over; the number of steps.
@@ -436,7 +447,7 @@ class Projection:
         connection.execute(statement, values)
 
 
-def _by_uuid(events: Sequence[Told]) -> dict[str, list[Told]]:
+def _by_uuid(events: Iterable[Told]) -> dict[str, list[Told]]:
     """Events by what they tell of; of one and its repetitions the first."""
     unique: dict[str, Told] = {}
     for told in events:
@@ -444,6 +455,8 @@ def _by_uuid(events: Sequence[Told]) -> dict[str, list[Told]]:
     found: dict[str, list[Told]] = {}
     for told in unique.values():
         found.setdefault(told.uuid, []).append(told)
+        if (around := of_root(told)) is not None:
+            found.setdefault(around.uuid, []).append(around)
     return found
 
 

@@ -11,13 +11,15 @@ from kser.errors import ValidationError
 from kser.storage.values import clean_text
 from kser.transport import Record
 
-__all__ = ["LogTold", "ProgressTold", "Told", "WorkerTold", "parse", "stored"]
+__all__ = ["RUN_SENT", "LogTold", "ProgressTold", "Told", "WorkerTold", "of_root", "parse", "stored"]
 
 #: Version of the format that is read.
 _VERSION = 1
 _TASK_STARTED = "task.started"
 #: What the timeline is made of: it tells of one execution, and nothing of it is ever replaced.
-_EVENT_PREFIXES = ("operation.", "step.", "message.")
+_EVENT_PREFIXES = ("operation.", "step.", "message.", "run.")
+#: A new run of an operation, told of its first step.
+RUN_SENT = "run.sent"
 #: A repetition of these after a redelivery counts as another one.
 _BY_ATTEMPT = ("step.retrying", _TASK_STARTED)
 #: Longest name, in bytes: PostgreSQL refuses longer ones in an index.
@@ -107,6 +109,13 @@ def stored(row: Any) -> Told:
     """The event in a row of the table."""
     place = (row.cluster, row.topic, row.partition, row.offset)
     return _build(schemas.parse(row.data), place, 0, row.identity)
+
+
+def of_root(told: Told) -> Told | None:
+    """What an event of a step tells of the operation around it all; None for all but a new run."""
+    if told.type != RUN_SENT or told.root is None or told.root == told.uuid:
+        return None
+    return told._replace(uuid=told.root, entrypoint="", parent=None, position=0)
 
 
 def _told(data: Mapping[str, Any], record: Record, cluster: str) -> Told:

@@ -10,6 +10,7 @@ import pytest
 from kser.errors import StorageError
 from kser.events import Event, read
 from kser.storage.projection import Projection, StaleError
+from kser.tracebacks import TracebackInfo
 from kser.transport import Partition, Record
 from tests.recording import START_MS, Tape, differences, result, snapshot
 
@@ -87,10 +88,10 @@ def test_what_is_in_an_operation_nobody_told_of_yet_is_shown_below_the_root(stor
 
 def test_a_failed_step_fails_its_operation_and_keeps_error_and_traceback(storage):
     """R-35."""
-    tape = Tape()
+    tape, trace = Tape(), {"exception": "ValueError: no", "type": "ValueError", "frames": []}
     tape.operation("op", 3, failed=1)
     tape.event(
-        "step.failed", "lone", status="FAILED", result=result("lone", 500), trace={"frames": [1]}, began=START_MS + 5
+        "step.failed", "lone", status="FAILED", result=result("lone", 500), trace=TracebackInfo.load(trace), began=START_MS + 5
     )
     record(storage, tape)
     found = storage.history.get_operation("op")
@@ -105,7 +106,7 @@ def test_a_failed_step_fails_its_operation_and_keeps_error_and_traceback(storage
         "extra": {},
     }
     lone = storage.history.get_operation("lone")
-    assert lone.traceback == {"frames": [1]}
+    assert lone.traceback == trace
     assert lone.started == at(START_MS + 5)
     assert storage.history.count_operations(text="NO LUCK") == 2
     build = next(storage.get_job_builds("shop.Order"))
@@ -127,6 +128,47 @@ def test_a_resumed_operation_runs_again_and_its_new_run_counts(storage):
     found = storage.history.get_operation("op")
     assert (found.status, found.error) == ("SUCCESS", None)
     assert [(task.run, task.position, task.status) for task in found.tasks] == [(1, 0, "SUCCESS"), (2, 1, "SUCCESS")]
+
+
+def test_a_run_that_was_sent_is_there_before_a_worker_meets_it(storage):
+    """Who resumes tells it of the first step; what it does not tell stays as it was."""
+    tape = Tape()
+    tape.operation("op", 2, failed=1)
+    record(storage, tape)
+    tape.event("run.sent", "op/1", operation="op", run=2, position=1, status="PENDING", note="sent again")
+    record(storage, tape)
+    found = storage.history.get_operation("op")
+    assert (found.status, found.run, found.entrypoint, found.ended) == ("PENDING", 2, "shop.Order", None)
+    step = found.tasks[1]
+    assert (step.uuid, step.status, step.run, step.parent, step.note) == ("op/1", "PENDING", 2, "op", "sent again")
+    assert [told.type for told in storage.history.list_events("op")][-1] == "run.sent"
+    tape.telemetry("task.started", "op/1", operation="op", parent="op", run=2, position=1)
+    record(storage, tape)
+    found = storage.history.get_operation("op")
+    assert (found.status, found.note, found.tasks[1].status) == ("RUNNING", "", "RUNNING")
+    tape.event(
+        *("operation.ended", "op", "shop.Order"),
+        operation="op",
+        run=2,
+        position=2,
+        status="SUCCESS",
+        result=result("op"),
+    )
+    tape.event("run.sent", "op/1", operation="op", run=2, position=1, status="PENDING", note="told late")
+    record(storage, tape)
+    assert storage.history.get_operation("op").status == "SUCCESS"
+
+
+def test_of_an_operation_whose_events_are_gone_a_new_run_is_known_all_the_same(storage):
+    tape = Tape()
+    tape.event("run.sent", "t", "shop.Charge", operation="op", run=2, position=3, status="PENDING", note="sent again")
+    tape.event("run.sent", "lone", "shop.Mail", run=3, status="PENDING", note="sent again")
+    record(storage, tape)
+    found = storage.history.get_operation("op")
+    assert (found.kind, found.entrypoint, found.status, found.run) == ("operation", "", "PENDING", 2)
+    assert [(task.entrypoint, task.position) for task in found.tasks] == [("shop.Charge", 3)]
+    lone = storage.history.get_operation("lone")
+    assert (lone.kind, lone.entrypoint, lone.status, lone.run) == ("task", "shop.Mail", "PENDING", 3)
 
 
 def test_a_retried_step_says_which_attempt_it_is_in_and_why(storage):

@@ -18,9 +18,15 @@ GENERATE = [Phase.explicit, Phase.reuse, Phase.generate]
 UUIDS = ["op", "op/0", "op/1", "in"]
 KINDS = [
     *("operation.started", "step.done", "step.failed", "step.aborted", "step.retrying", "operation.ended"),
-    *("message.waiting", "message.rejected", "message.dead_lettered"),
+    *("message.waiting", "message.rejected", "message.dead_lettered", "run.sent"),
 ]
-STATUS = {"step.done": "SUCCESS", "step.aborted": "ABORTED", "step.retrying": "PENDING", "message.waiting": "PENDING"}
+STATUS = {
+    "step.done": "SUCCESS",
+    "step.aborted": "ABORTED",
+    "step.retrying": "PENDING",
+    "message.waiting": "PENDING",
+    "run.sent": "PENDING",
+}
 
 
 @st.composite
@@ -39,7 +45,11 @@ def tapes(draw):
         else:
             kind = draw(st.sampled_from(KINDS))
             status = STATUS.get(kind, "RUNNING" if kind == "operation.started" else "FAILED")
-            given = result(uuid, 0 if status == "SUCCESS" else 500) if kind != "operation.started" else None
+            given = (
+                result(uuid, 0 if status == "SUCCESS" else 500)
+                if kind not in ("operation.started", "run.sent")
+                else None
+            )
             params = {"run": run} if kind == "operation.started" else {}
             tape.event(
                 kind, uuid, status=status, result=given, params=params, note=draw(st.sampled_from(["", "n"])), **said
