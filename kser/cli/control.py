@@ -23,6 +23,7 @@ from kser.cli.options import (
     option,
 )
 from kser.cli.output import columns, write_json
+from kser.cli.terminal import one_line
 from kser.cli.watch import Deadline
 from kser.cli.workers import notes_of
 from kser.control import (
@@ -306,7 +307,8 @@ def resume(
         )
         return
     if entry is not None:
-        click.echo(f"{_what(entry, named)} goes on. It was paused {_since(entry)} by {_line(entry.by) or 'somebody'}")
+        by = one_line(entry.by) or "somebody"
+        click.echo(f"{_what(entry, named)} goes on. It was paused {_since(entry)} by {by}")
     else:
         click.echo("Nothing of the kind was paused")
     if left:
@@ -329,7 +331,7 @@ def paused(group: str | None, connection: Connection, output: str) -> None:
         click.echo(f"Nothing of group {named} is paused")
     else:
         rows = [
-            (entry.kind, _line(entry.name) or named, _since(entry), _line(entry.by), _line(entry.why))
+            (entry.kind, one_line(entry.name) or named, _since(entry), one_line(entry.by), one_line(entry.why))
             for entry in found
         ]
         for line in columns(("what", "name", "since", "by", "why"), rows):
@@ -342,8 +344,8 @@ def _unknown_task(task: str, found: list[WorkerNote]) -> str:
     if not found or task in known or not all(note.complete for note in found):
         return ""
     close = difflib.get_close_matches(task, sorted(known), 3, _CLOSE)
-    meant = f" Is {' or '.join(map(_line, close))} meant?" if close else " `kser workers` lists what they know"
-    return f"no worker knows a class {_line(task)}.{meant}"
+    meant = f" Is {' or '.join(map(one_line, close))} meant?" if close else " `kser workers` lists what they know"
+    return f"no worker knows a class {one_line(task)}.{meant}"
 
 
 def _asked(connection: Connection, transport: Transport, ask: Callable[[], Any]) -> Any:
@@ -363,7 +365,7 @@ def _shown(entry: Pause) -> dict[str, Any]:
 
 
 def _name(entry: Pause, group: str) -> str:
-    return f"{entry.kind} {_line(entry.name) or group}"
+    return f"{entry.kind} {one_line(entry.name) or group}"
 
 
 def _what(entry: Pause, group: str) -> str:
@@ -373,11 +375,6 @@ def _what(entry: Pause, group: str) -> str:
 
 def _resume_command(entry: Pause, group: str) -> str:
     return shlex.join(["kser", "resume", "--group", group, *([f"--{entry.kind}", entry.name] if entry.name else [])])
-
-
-def _line(text: str) -> str:
-    """What somebody else has written, on one line, and without what a terminal obeys."""
-    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def _since(entry: Pause) -> str:

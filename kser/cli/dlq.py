@@ -1,10 +1,8 @@
 """``kser dlq``: look at the dead letters of a group, send them back, delete them."""
 
 import functools
-import re
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import click
@@ -12,6 +10,7 @@ import click
 from kser.cli.connection import Connection
 from kser.cli.errors import FAILED, MISUSE, CommandFailed
 from kser.cli.letters_view import details, hints, outcome_lines, table
+from kser.cli.moments import Moment
 from kser.cli.options import (
     Decorator,
     Function,
@@ -34,30 +33,6 @@ __all__ = ["dlq"]
 
 #: Letters that `kser dlq list` shows when nobody says how many.
 _SHOWN = 50
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
-
-
-class Moment(click.ParamType):  # type: ignore[type-arg]  # not generic before click 8.4
-    """``2h`` (ago), ``2026-07-29`` or ``2026-07-29T18:00`` (of this machine's time zone) -> aware datetime."""
-
-    name = "time"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:
-        """The moment."""
-        if isinstance(value, datetime):
-            return value
-        text = str(value).strip()
-        try:
-            if found := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smhdw])", text.lower()):
-                return datetime.now(UTC) - timedelta(seconds=float(found[1]) * _UNITS[found[2]])
-            return datetime.fromisoformat(text).astimezone()
-        except (ValueError, OverflowError):
-            self.fail(
-                f"{value!r} is no time: write how long ago, as in 90s, 15m, 2h or 7d, or a date, as in 2026-07-29 or "
-                "2026-07-29T18:00",
-                param,
-                ctx,
-            )
 
 
 def _letter_filters(function: Function) -> Function:

@@ -3,21 +3,18 @@
 What is shown came from messages and errors, which may hold anything: what a terminal would obey is replaced.
 """
 
-import json
 import shlex
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from datetime import datetime
-from typing import Any
 
 import click
 
+from kser.cli.terminal import fit, json_lines, one_line, printable, terminal_width, width_of
 from kser.dead_letters import DeadLetter, Replay
 from kser.errors import ValidationError
 from kser.letters import decode
 from kser.letters_json import header_text
-from kser.masking import mask, mask_text
+from kser.masking import mask_text
 from kser.redrive import remaining
 from kser.schemas import Message, parse
 from kser.sequencing.itinerary import METADATA_KEY
@@ -39,18 +36,18 @@ def table(letters: Sequence[DeadLetter], width: int | None = None) -> list[str]:
     """The letters, one a line, below a header; on a terminal no wider than that (``width`` columns, None: as it is)."""
     if not letters:
         return []
-    width = width or _terminal_width()
+    width = width or terminal_width()
     rows = [_cells(letter) for letter in letters]
     if width is not None and _needs(rows) > width:
         rows = [[*row[:3], row[3][:_SHORT], *row[4:]] for row in rows]
     if width is not None and _needs(rows) > width:
         rows = [[*row[:2], row[2].rpartition(".")[2], *row[3:]] for row in rows]
     head = [name.upper() for name in _HEADER]
-    widths = [max(_columns(row[at]) for row in [head, *rows]) for at in range(len(_HEADER) - 1)]
+    widths = [max(width_of(row[at]) for row in [head, *rows]) for at in range(len(_HEADER) - 1)]
     lines = []
     for row in [head, *rows]:
-        front = "  ".join(cell + " " * (wide - _columns(cell)) for cell, wide in zip(row, widths, strict=False))
-        lines.append(_fit(f"{front}  {row[-1]}".rstrip(), width))
+        front = "  ".join(cell + " " * (wide - width_of(cell)) for cell, wide in zip(row, widths, strict=False))
+        lines.append(fit(f"{front}  {row[-1]}".rstrip(), width))
     return [click.style(lines[0], bold=True)] + [
         click.style(line, dim=True) if letter.replayed else line
         for line, letter in zip(lines[1:], letters, strict=True)
@@ -61,12 +58,12 @@ def _cells(letter: DeadLetter) -> list[str]:
     tries = str(letter.attempt) + (f", back {letter.redrive}x" if letter.redrive else "")
     # What could not be read says why in its fields, and no more than that in its error.
     said = letter.error if letter.entrypoint else letter.unreadable or letter.error
-    error = _one_line(f"{letter.error_type}: {said}" if said else letter.error_type)
+    error = one_line(f"{letter.error_type}: {said}" if said else letter.error_type)
     return [
         letter.id,
         f"{datetime.fromtimestamp(letter.at / 1000):%m-%d %H:%M:%S}",
-        _one_line(letter.entrypoint) or "(unreadable)",
-        _one_line(letter.operation or "-"),
+        one_line(letter.entrypoint) or "(unreadable)",
+        one_line(letter.operation or "-"),
         tries,
         f"[replayed] {error}" if letter.replayed else error,
     ]
@@ -74,8 +71,8 @@ def _cells(letter: DeadLetter) -> list[str]:
 
 def _needs(rows: Sequence[Sequence[str]]) -> int:
     """Columns that the rows take with 40 of each error."""
-    front = sum(max(_columns(row[at]) for row in rows) + 2 for at in range(len(_HEADER) - 1))
-    return front + max(min(_columns(row[-1]), 40) for row in rows)
+    front = sum(max(width_of(row[at]) for row in rows) + 2 for at in range(len(_HEADER) - 1))
+    return front + max(min(width_of(row[-1]), 40) for row in rows)
 
 
 def details(letter: DeadLetter, group: str) -> Iterator[str]:
@@ -84,30 +81,28 @@ def details(letter: DeadLetter, group: str) -> Iterator[str]:
     for name, value in _facts(letter):
         yield f"  {name:10}{value}"
     yield ""
-    yield click.style(
-        _one_line(f"{letter.error_type}: {letter.error}" if letter.error else letter.error_type), fg="red"
-    )
+    yield click.style(one_line(f"{letter.error_type}: {letter.error}" if letter.error else letter.error_type), fg="red")
     if own := [(name, raw) for name, raw in letter.headers if name not in OWN_HEADERS]:
         yield "\nHeaders"
         for name, raw in own:
             shown = header_text(name, raw)
-            yield f"  {_one_line(name)}: {'(none)' if shown is None else _one_line(shown)[:_HEADER_CHARS]}"
+            yield f"  {one_line(name)}: {'(none)' if shown is None else one_line(shown)[:_HEADER_CHARS]}"
     yield from _message_lines(letter)
     if letter.trace:
         yield "\nTraceback"
         for line in letter.trace.rstrip().splitlines():
-            yield f"  {_printable(line)}"
+            yield f"  {printable(line)}"
 
 
 def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
-    yield "task", _one_line(f"{letter.entrypoint} [{letter.uuid}]") if letter.entrypoint else "(unreadable)"
+    yield "task", one_line(f"{letter.entrypoint} [{letter.uuid}]") if letter.entrypoint else "(unreadable)"
     if letter.operation is not None:
-        yield "operation", f"{_one_line(letter.operation)}, run {letter.run}, position {letter.position}"
+        yield "operation", f"{one_line(letter.operation)}, run {letter.run}, position {letter.position}"
     when = datetime.fromtimestamp(letter.at / 1000).astimezone()
-    by = f", on worker {_one_line(letter.worker)}" if letter.worker else ""
+    by = f", on worker {one_line(letter.worker)}" if letter.worker else ""
     yield "failed", f"{when:%Y-%m-%d %H:%M:%S %Z}, at attempt {letter.attempt}{by}"
-    key = "none" if letter.key is None else _one_line(letter.key.decode("utf-8", "backslashreplace"))
-    place = f"{_one_line(letter.origin_topic) or '(unknown)'}"
+    key = "none" if letter.key is None else one_line(letter.key.decode("utf-8", "backslashreplace"))
+    place = f"{one_line(letter.origin_topic) or '(unknown)'}"
     if letter.origin_partition >= 0:
         place += f"[{letter.origin_partition}] at {letter.origin_offset}"
     yield "from", f"{place}, key {key}"
@@ -116,7 +111,7 @@ def _facts(letter: DeadLetter) -> Iterator[tuple[str, str]]:
     if letter.left_out:
         yield "not kept", f"its {letter.left_out}, too large for a dead letter"
     if letter.unreadable:
-        yield "not read", _one_line(letter.unreadable)
+        yield "not read", one_line(letter.unreadable)
 
 
 def hints(letter: DeadLetter, group: str, max_redrives: int) -> Iterator[str]:
@@ -134,9 +129,9 @@ def outcome_lines(outcomes: Sequence[Replay]) -> Iterator[str]:
     words = [_WORDS.get(outcome.status, outcome.status) for outcome in outcomes]
     word_width = max(map(len, words), default=0)
     id_width = max((len(outcome.letter.id) for outcome in outcomes), default=0)
-    terminal = _terminal_width()
+    terminal = terminal_width()
     for outcome, word in zip(outcomes, words, strict=True):
-        line = f"{outcome.letter.id:{id_width}}  {_one_line(_outcome(outcome, short=terminal is not None))}"
+        line = f"{outcome.letter.id:{id_width}}  {one_line(_outcome(outcome, short=terminal is not None))}"
         yield f"{click.style(f'{word:{word_width}}', fg=_COLOURS[outcome.status])}  {line}"
 
 
@@ -160,7 +155,7 @@ def _message_lines(letter: DeadLetter) -> Iterator[str]:
     _, kmsg, itinerary = decode(letter, Message)
     if kmsg is None or letter.unreadable:
         yield "\nMessage"
-        yield from (f"  {_printable(line)}" for line in _value_lines(letter))
+        yield from (f"  {printable(line)}" for line in _value_lines(letter))
         return
     metadata = {name: value for name, value in kmsg.metadata.items() if name != METADATA_KEY}
     for title, value in (
@@ -170,65 +165,19 @@ def _message_lines(letter: DeadLetter) -> Iterator[str]:
     ):
         if value or title == "Parameters":
             yield f"\n{title}"
-            yield from (f"  {_printable(line)}" for line in _json_lines(value))
+            yield from (f"  {printable(line)}" for line in json_lines(value))
     if itinerary is not None and (steps := remaining(itinerary, letter.position)):
         yield "\nSteps to come"
         width = len(str(steps[-1].position))
-        yield from (f"  {step.position:{width}}  {_one_line(step.entrypoint)}" for step in steps)
+        yield from (f"  {step.position:{width}}  {one_line(step.entrypoint)}" for step in steps)
 
 
 def _value_lines(letter: DeadLetter) -> list[str]:
     if letter.value is None:
         return ["(no value)"]
     try:
-        return _json_lines(parse(letter.value))
+        return json_lines(parse(letter.value))
     except (ValidationError, RecursionError):
         text = mask_text(letter.value[:_RAW_BYTES].decode("utf-8", "backslashreplace"))
         more = [f"... {len(letter.value)} bytes in all"] if len(letter.value) > _RAW_BYTES else []
         return [*text.splitlines(), *more] or ["(empty)"]
-
-
-def _json_lines(value: Any) -> list[str]:
-    try:
-        return json.dumps(mask(value), indent=2, ensure_ascii=False).splitlines()
-    except RecursionError:
-        return ["(nested too deep to be shown)"]
-
-
-def _terminal_width() -> int | None:
-    if sys.stdout is None or not sys.stdout.isatty():
-        return None
-    return max(shutil.get_terminal_size().columns, 40)
-
-
-def _one_line(text: str) -> str:
-    return _printable(" ".join(text.split()))
-
-
-def _printable(text: str) -> str:
-    """``text`` without what a terminal would obey."""
-    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in text)
-
-
-def _columns(text: str) -> int:
-    """Columns that the text takes on a terminal."""
-    if text.isascii():
-        return len(text)
-    from rich.cells import cell_len  # here: it takes its time, and most text needs none of it
-
-    return cell_len(text)
-
-
-def _fit(text: str, width: int | None) -> str:
-    if width is None or _columns(text) <= width:
-        return text
-    if text.isascii():
-        return text[: width - 1] + _ellipsis()
-    from rich.cells import set_cell_size
-
-    return set_cell_size(text, width - 1).rstrip() + _ellipsis()
-
-
-def _ellipsis() -> str:
-    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
-    return "\u2026" if encoding.lower().startswith("utf") else "~"

@@ -25,6 +25,7 @@ from kser.cli.options import example, format_option, need_command, outer_log_lev
 from kser.cli.prune import prune
 from kser.cli.recorder import recorder
 from kser.cli.send import send
+from kser.cli.task_logs import logs
 from kser.cli.tasks import tasks
 from kser.cli.topics import topics
 from kser.cli.web import web
@@ -112,7 +113,7 @@ for _command in (demo, dev, worker, launch, send, operations, dlq, tasks, topics
     cli.add_command(_command)
 for _command in (workers, lag, abort, pause, resume, paused):
     cli.add_command(_command)
-for _command in (recorder, install, uninstall, db, prune):
+for _command in (logs, recorder, install, uninstall, db, prune):
     cli.add_command(_command)
 
 

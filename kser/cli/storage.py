@@ -10,9 +10,10 @@ from kser.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from kser.storage import StorageBase
+    from kser.storage.history import History
     from kser.storage.sql import SqlStorage
 
-__all__ = ["open_sql", "open_storage", "storage_option"]
+__all__ = ["open_history", "open_sql", "open_storage", "storage_option"]
 
 
 def storage_option(function: Function) -> Function:
@@ -55,3 +56,10 @@ def open_sql(url: str) -> Iterator["SqlStorage"]:
         if not isinstance(opened, SqlStorage):
             raise ConfigurationError(f"{type(opened).__name__} has no tables that a recorder can write")
         yield opened
+
+
+@contextmanager
+def open_history(url: str) -> Iterator["History"]:
+    """The history in the storage at this URL. Raises ConfigurationError for one that has none."""
+    with open_storage(url) as opened:
+        yield opened.history

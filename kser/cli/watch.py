@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status as Spinner
 
-__all__ = ["Deadline", "describe_failure", "spinner_for", "styled_terminal", "watch", "writes_unicode"]
+__all__ = ["Deadline", "describe_failure", "said", "spinner_for", "styled_terminal", "watch", "writes_unicode"]
 
 #: Seconds without any event after which it is likely that no worker runs.
 HINT_AFTER_S = 10.0
@@ -137,8 +137,8 @@ class _Lines:
             (f"{event.status:7}  ", style),
             (f"{'  ' * depth}{event.entrypoint}", ""),
         ]
-        if said := _said(event):
-            parts.append((f"  {said}", ""))
+        if words := said(event):
+            parts.append((f"  {words}", ""))
         if event.worker:
             parts.append((f"  ({event.worker})", "dim"))
         return parts
@@ -180,7 +180,8 @@ def _live(console: "Console") -> Iterator["_LiveLines"]:
         yield _LiveLines(console, status)
 
 
-def _said(event: Event) -> str:
+def said(event: Event) -> str:
+    """What an event tells beside its status, in a few words; "" when that is nothing."""
     match event.type:
         case EventType.OPERATION_STARTED:
             return "started"

@@ -18,6 +18,7 @@ from kser.cli.options import (
     option,
 )
 from kser.cli.output import columns, write_json
+from kser.cli.terminal import one_line
 from kser.control import WorkerNote, read_control
 from kser.telemetry import WorkerState, read, telemetry_topic
 from kser.transport import Partition, Transport
@@ -135,19 +136,19 @@ def _seen_s(one: _Known, now_ms: float) -> float:
 def _row(one: _Known, now_ms: float) -> tuple[str, ...]:
     state, seen = one.state, f"{_seen_s(one, now_ms):.0f} s ago"
     if state is None:
-        return (_line(one.name), "silent", seen, *["-"] * 7)
+        return (one_line(one.name), "silent", seen, *["-"] * 7)
     word = _state(state, now_ms)
     if word == "running" and state.reasons:
         word = ", ".join(state.reasons)
     owned = "; ".join(f"{topic} {_numbers(numbers)}" for topic, numbers in sorted(state.partitions.items()))
     return (
-        _line(one.name),
-        _line(word),
+        one_line(one.name),
+        one_line(word),
         seen,
-        _line(state.version),
-        _line(state.host),
+        one_line(state.version),
+        one_line(state.host),
         str(state.pid),
-        _line(owned) or "-",
+        one_line(owned) or "-",
         str(state.running_count),
         str(state.stats.get("done", 0)),
         str(state.stats.get("failed", 0)),
@@ -159,7 +160,7 @@ def _knows(note: WorkerNote) -> str:
     names = sorted(note.entrypoints, key=lambda name: (name.startswith("__main__."), name))
     more = len(names) - _NAMES
     told = f" and {more}{'' if note.complete else ' or'} more" if more > 0 else ""
-    return _line(", ".join(names[:_NAMES])) + told
+    return one_line(", ".join(names[:_NAMES])) + told
 
 
 def _running(state: WorkerState, now_ms: float) -> Iterator[str]:
@@ -169,7 +170,7 @@ def _running(state: WorkerState, now_ms: float) -> Iterator[str]:
     since = max(now_ms - state.at, 0) / 1000
     for task in state.running:
         beat = "" if task.heartbeat_s_ago is None else f", heartbeat {task.heartbeat_s_ago + since:.0f} s ago"
-        yield f"  {_line(task.entrypoint)}[{_line(task.uuid)}] {task.seconds + since:.0f} s{beat}"
+        yield f"  {one_line(task.entrypoint)}[{one_line(task.uuid)}] {task.seconds + since:.0f} s{beat}"
     if state.running_count > len(state.running):
         yield f"  ... {state.running_count - len(state.running)} more"
 
@@ -183,8 +184,3 @@ def _numbers(numbers: Iterable[int]) -> str:
         else:
             ranges.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
-
-
-def _line(text: str) -> str:
-    """What somebody else has written, on one line, and without what a terminal obeys."""
-    return "".join(sign if sign.isprintable() else " " for sign in str(text))

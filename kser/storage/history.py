@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, func, or_, select
 
+from kser.control import only_one
 from kser.errors import NotFound, ValidationError
 from kser.progress import ProgressReport
 from kser.status import Status
@@ -19,6 +20,9 @@ __all__ = ["History", "worker_state"]
 _MISSED = 3
 _LEAST_S = 5.0
 _KINDS = ("operation", "task")
+#: Characters of a uuid that may stand for it, and uuids with the same ones that are looked at.
+_LEAST_BEGIN = 8
+_MOST_BEGINS = 100
 
 
 class History:
@@ -103,6 +107,18 @@ class History:
             within = select(build).where(build.c.root == row.root, build.c.uuid != row.root)
             rows = connection.execute(within).all()
         return _tree(row, rows)
+
+    def complete_uuid(self, begin: str) -> str:
+        """The uuid that begins so; ``begin`` itself when it is no 8 characters long, or no uuid begins so.
+
+        Raises ValidationError, which names them, when several do.
+        """
+        if len(begin) < _LEAST_BEGIN:
+            return begin
+        uuid = self._tables.build.c.uuid
+        query = select(uuid).where(uuid.startswith(begin, autoescape=True)).order_by(uuid).limit(_MOST_BEGINS)
+        with self._database.read() as connection:
+            return only_one(begin, connection.execute(query).scalars())
 
     # -- what was told -------------------------------------------------------------------------------------------------
 

@@ -88,6 +88,10 @@ class Projection:
         for partition in partitions:
             self._next.pop(partition, None)
 
+    def is_new(self, record: Record) -> bool:
+        """Whether it is of a partition that positions() was asked for, and behind all that is recorded of that."""
+        return record.of in self._next and record.offset >= (self._next[record.of] or 0)
+
     def apply(self, records: Sequence[Record], *, pass_over: bool = False) -> int:
         """Store these records, those of partitions that positions() was asked for; how many of them were new.
 
@@ -97,8 +101,7 @@ class Projection:
 
         Raises StaleError when another recorder was faster, and StorageError: nothing is stored in either case.
         """
-        known = self._next
-        fresh = [record for record in records if record.of in known and record.offset >= (known[record.of] or 0)]
+        fresh = [record for record in records if self.is_new(record)]
         if not fresh:
             return 0
         upto: dict[Partition, int] = {}

@@ -91,7 +91,11 @@ def test_a_failed_step_fails_its_operation_and_keeps_error_and_traceback(storage
     tape, trace = Tape(), {"exception": "ValueError: no", "type": "ValueError", "frames": []}
     tape.operation("op", 3, failed=1)
     tape.event(
-        "step.failed", "lone", status="FAILED", result=result("lone", 500), trace=TracebackInfo.load(trace), began=START_MS + 5
+        *("step.failed", "lone"),
+        status="FAILED",
+        result=result("lone", 500),
+        trace=TracebackInfo.load(trace),
+        began=START_MS + 5,
     )
     record(storage, tape)
     found = storage.history.get_operation("op")

@@ -867,7 +867,7 @@ def test_pause_resume_and_paused_tell_what_they_did(run, transport):
         ["topic", "mails"],
         ["task", "shop.Charge"],
     ]
-    assert lines[1].endswith(f"{control.whoami()}  move [2J")  # and the terminal is not cleared
+    assert lines[1].endswith(f"{control.whoami()}  move\ufffd[2J")  # and the terminal is not cleared
     result = run("resume", "--worker", "w 1")
     assert result.stdout.startswith("Worker w 1 of group shop goes on. It was paused 20")
     assert result.stderr == "kser: still paused: group shop, topic mails, task shop.Charge\n"

@@ -90,7 +90,7 @@ def test_workers_are_shown_with_what_they_run(transport, run):
     assert re.fullmatch(r"w-1 +running +0 s ago +1\.2 +h +7 +work 0-2,7 +5 +9 +0", lines[1])
     assert lines[2:5] == [
         "  shop.Charge[u1] 62 s, heartbeat 2 s ago",
-        "  shop. [31mRed[u2] 5 s",
+        "  shop.\ufffd[31mRed[u2] 5 s",
         "  ... 3 more",
     ]
     assert [line.split()[1] for line in lines[5:]] == ["paused", "gone", "stopped"]

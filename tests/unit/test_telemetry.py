@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 
 from kser import Message, Operation, OperationRegistry, Result, Retry, Task, ValidationError
 from kser.context import Control
+from kser.dead_letters import DeadLetters
 from kser.errors import TransportError
 from kser.events import EventType, schema
 from kser.events import read as read_events
@@ -215,6 +216,7 @@ def test_each_record_that_a_worker_writes_is_as_the_schema_says(registry, transp
     released.set()
     wait(lambda: len(events(transport, EventType.OPERATION_ENDED)) == 6 and events(transport, EventType.STEP_ABORTED))
     wait(lambda: any(event.uuid == long.uuid for event in events(transport, EventType.STEP_DONE)))
+    assert DeadLetters(transport, GROUP).resume(bad.uuid).status == "sent"
     one.stop()
 
     records = [*transport.records(f"{GROUP}.events"), *transport.records(telemetry_topic(GROUP))]

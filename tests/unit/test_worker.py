@@ -294,7 +294,7 @@ def test_the_next_message_is_repeated_until_the_broker_takes_it(registry, transp
     operation = Operation(tasks=[Step(), Step()])
     operation.launch()
     transport.fail_next("produce", TransportError("the broker is busy", retriable=True))
-    start()
+    start(events="sequence")  # the first to write must be the task
     wait_for(lambda: view(transport, operation.uuid).ended)
     assert view(transport, operation.uuid).status == "SUCCESS"
     wait_for(lambda: committed(transport) == 2)
@@ -309,7 +309,7 @@ def test_a_next_message_refused_for_good_ends_the_operation(registry, transport,
     operation = Operation(tasks=[Step(), Step()])
     operation.launch()
     transport.fail_next("produce", TransportError("topic authorization failed", retriable=False))
-    start()
+    start(events="sequence")  # the first to write must be the task
     wait_for(lambda: view(transport, operation.uuid).ended)
     ended = view(transport, operation.uuid)
     assert ended.status == "FAILED"
@@ -339,7 +339,7 @@ def test_what_a_task_sends_is_refused_before_its_operation_goes_on(registry, tra
     operation = Operation(tasks=[Parent(), After()])
     operation.launch()
     transport.fail_next("produce", TransportError("topic authorization failed", retriable=False))
-    start()
+    start(events="sequence")  # the first to write must be the task
     wait_for(lambda: view(transport, operation.uuid).ended)
     wait_for(lambda: committed(transport) == 1)
     assert view(transport, operation.uuid).status == "FAILED"
@@ -355,7 +355,7 @@ def test_an_event_refused_for_good_does_not_end_the_operation(registry, transpor
     task = Step()
     task.send()
     transport.fail_next("produce", TransportError("events may not be written", retriable=False))
-    start()
+    start(events="sequence")  # the first to write must be the task
     wait_for(lambda: committed(transport) == 1)
     assert "events may not be written" in caplog.text
 

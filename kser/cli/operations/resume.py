@@ -1,4 +1,4 @@
-"""``kser operations``: what can be done with operations that were launched."""
+"""``kser operations resume``: run again what failed or was aborted."""
 
 from typing import Any
 
@@ -14,7 +14,6 @@ from kser.cli.options import (
     group_option,
     kafka_options,
     log_level_option,
-    need_command,
     option,
 )
 from kser.cli.output import write_json
@@ -22,24 +21,12 @@ from kser.dead_letters import DeadLetters
 from kser.errors import StatusError
 from kser.letters_json import outcome_as_json
 
-__all__ = ["operations"]
+__all__ = ["resume"]
 
 
-@click.group(
-    "operations",
-    invoke_without_command=True,
-    subcommand_metavar="COMMAND [ARGS]...",
-    short_help="Resume operations that failed or were aborted.",
-    epilog=example("kser operations resume 5f0c6d4e-9a3b-4f0e-8a53-0d6f3f1f2b11 --group shop"),
-)
-@click.pass_context
-def operations(ctx: click.Context) -> None:
-    """Operations that were launched."""
-    need_command(ctx)
-
-
-@operations.command(
+@click.command(
     "resume",
+    short_help="Run it again from the step that failed it.",
     epilog=example(
         "kser operations resume 5f0c6d4e-9a3b-4f0e-8a53-0d6f3f1f2b11 --group shop --bootstrap-servers 127.0.0.1:9092",
         "kser operations resume 5f0c6d4e-9a3b-4f0e-8a53-0d6f3f1f2b11 --group shop --params '{\"amount\": 12}'",
