@@ -358,7 +358,7 @@ def complete_uuid(transport: Transport, group: str, begin: str, timeout_s: float
         TransportError: the topic was not read within ``timeout_s``.
     """
     end, topic = time.monotonic() + timeout_s, events_topic(group)
-    if not _BEGIN.fullmatch(begin):
+    if not is_begin(begin):
         return begin
     info = transport.admin().describe([topic], _left(end, _ANSWER_S)).get(topic)
     if info is None:
@@ -368,6 +368,11 @@ def complete_uuid(transport: Transport, group: str, begin: str, timeout_s: float
     for batch in transport.read([Partition(topic, number) for number in range(info.partitions)], _left(end)):
         found.update(record.key for record in batch if record.key is not None and record.key.startswith(start))
     return only_one(begin, [key.decode("utf-8", "replace") for key in found])
+
+
+def is_begin(text: str) -> bool:
+    """True for what may be the beginning of a uuid, and is not a whole one."""
+    return _BEGIN.fullmatch(text) is not None
 
 
 def only_one(begin: str, found: Iterable[str]) -> str:

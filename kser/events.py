@@ -227,9 +227,11 @@ class Event(NamedTuple):
 
 
 def _shown(result: Result) -> dict[str, Any]:
-    """The Result as data; in the text of an error what looks secret is masked, as in its traceback."""
+    """The Result as data; in the texts of a failure what looks secret is masked, as in its traceback."""
     data = results.dump(result)
     retval = data["retval"]
+    if result.retcode:
+        data |= {name: mask_text(text) for name in ("stdout", "stderr") if isinstance(text := data[name], str)}
     if result.retcode and isinstance(retval, dict) and isinstance(error := retval.get("error"), dict):
         texts = {name: mask_text(text) for name in ("message", "stack") if isinstance(text := error.get(name), str)}
         data["retval"] = {**retval, "error": {**error, **texts}}

@@ -111,12 +111,13 @@ def dev(
     with stopping_on_signals(ended.set), EmbeddedBroker(group_topics(group, tasks)) as broker:
         address = broker.bootstrap_servers
         common = ["--group", group, "--bootstrap-servers", address, "--stop-with-stdin"]
-        common += ["--log-level", logging.getLevelName(logging.getLogger().level).lower()]
         worker = [registry, "--topics", ",".join(tasks), "--drain", f"{_DRAIN_S:g}", "--name", f"{group}-1"]
         web = [registry, "--port", str(port), "--topic", next(iter(tasks)), "--storage", storage, "--no-recorder"]
         with (
             _recording(ConfluentTransport({"bootstrap.servers": address}), storage, group),
-            _Crew([["worker", *worker, *common], ["web", *web, *common]]) as crew,
+            _Crew(
+                [["worker", *worker, *common, *_levels()], ["web", *web, *common, *_levels(logging.WARNING)]]
+            ) as crew,
         ):
             _introduce(registry, address, tasks, group, port, storage, reload=reload)
             _show_launch(registry, registered, address, group, next(iter(tasks)), storage)
@@ -205,6 +206,7 @@ def _show_launch(
     if first is not None:
         name, params = first["name"].rpartition(".")[2], " --params '{...}'" if first["required"] else ""
         click.echo(f"  kser launch {registry} {name} --topic {first['topic'] or topic}{params} --watch")
+    click.echo("  kser operations list")
 
 
 def _watched(registry: str) -> Path:
@@ -230,6 +232,13 @@ def _turns(registry: str, ended: threading.Event, *, reload: bool) -> Iterator[s
             yield {path for _, path in changes}
     while not ended.wait(_LOOK_MS / 1000):
         yield set()
+
+
+def _levels(least: int = 0) -> list[str]:
+    """The log level of a child: that of this process, or ``least``; with debug nothing is left out."""
+    own = logging.getLogger().level
+    level = own if own <= logging.DEBUG else max(own, least)
+    return ["--log-level", logging.getLevelName(level).lower()]
 
 
 def _named(changed: set[str]) -> str:

@@ -1,14 +1,14 @@
 """One operation as its topics tell it, up to now and from now on: no recorder has to run, and none is waited for."""
 
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Self
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Final, Literal, Self
 
 from kser.errors import NotFound
 from kser.events import events_topic
 from kser.progress import ProgressReport
 from kser.telemetry import telemetry_topic
-from kser.transport import Partition, Record, Transport
+from kser.transport import Partition, Reader, Record, Transport
 from kser.transport.partitioner import partition_of
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ __all__ = ["LiveOperation"]
 
 #: Longest wait for what the topics are, in seconds.
 _ANSWER_S: Final = 10.0
+#: Seconds between two looks whether a topic is there that was not.
+_LOOK_S: Final = 1.0
 #: The records lie in no other cluster that this could be mixed up with.
 _CLUSTER: Final = "live"
 
@@ -41,40 +43,52 @@ class LiveOperation:
         self.uuid = uuid
         self._transport = transport
         self._key = uuid.encode("utf-8", "surrogatepass")
-        end = time.monotonic() + timeout_s
-        topics = (events_topic(group), telemetry_topic(group))
-        found = transport.admin().describe(list(topics), min(_ANSWER_S, timeout_s))
-        self._partitions = {topic: found[topic].partitions for topic in topics if topic in found}
+        #: Those that are not there yet.
+        self._missing = [events_topic(group), telemetry_topic(group)]
+        self._looked = time.monotonic()
         self._storage = MemoryStorage()
         self._projection = Projection(self._storage.database, _CLUSTER, group)
         self._known: set[Partition] = set()
         self._logged = 0
-        # First the reader, then what is there: what lies between comes twice, and the projection knows it.
-        self._reader = transport.reader(list(self._partitions), start="end") if self._partitions else None
+        self._readers: list[Reader] = []
+        end = self._looked + timeout_s
         try:
-            self.told = list(self._read_until_now(end))
+            # First the reader, then what is there: what lies between comes twice, and the projection knows it.
+            found = self._open("end", min(_ANSWER_S, timeout_s))
+            #: What was told until now.
+            self.told = list(self._read_until_now(found, end))
         except BaseException:
             self.close()
             raise
 
-    def _read_until_now(self, end: float) -> Iterator[Record]:
+    def _open(self, start: Literal["beginning", "end"], timeout_s: float) -> dict[str, int]:
+        """Begin to read the topics that are there by now; the partitions of each."""
+        described = self._transport.admin().describe(self._missing, timeout_s)
+        found = {topic: described[topic].partitions for topic in self._missing if topic in described}
+        if found:
+            self._readers.append(self._transport.reader(list(found), start=start))
+            self._missing = [topic for topic in self._missing if topic not in found]
+        return found
+
+    def _read_until_now(self, topics: Mapping[str, int], end: float) -> Iterator[Record]:
         """What was told until now. It is in its key's partitions, unless partitions were added since."""
-        home = [Partition(topic, partition_of(self._key, count)) for topic, count in self._partitions.items()]
-        everywhere = [Partition(topic, n) for topic, count in self._partitions.items() for n in range(count)]
+        home = [Partition(topic, partition_of(self._key, count)) for topic, count in topics.items()]
+        everywhere = [Partition(topic, n) for topic, count in topics.items() for n in range(count)]
         for partitions in (home, [partition for partition in everywhere if partition not in home]):
-            if not partitions:
-                continue
-            for batch in self._transport.read(partitions, max(end - time.monotonic(), 0.01)):
-                yield from self._take(batch)
+            if partitions:
+                for batch in self._transport.read(partitions, max(end - time.monotonic(), 0.01)):
+                    yield from self._take(batch)
             if self.find() is not None:
                 return
 
     def poll(self, timeout_s: float) -> list[Record]:
-        """What was told since; [] after ``timeout_s``, or earlier."""
-        if self._reader is None:
-            time.sleep(timeout_s)  # the group has no topics yet: no worker has run
-            return []
-        return self._take(self._reader.poll(timeout_s))
+        """What was told since; [] after ``timeout_s``, or a little earlier or later."""
+        if self._missing and time.monotonic() - self._looked > _LOOK_S:
+            self._open("beginning", _ANSWER_S)
+            self._looked = time.monotonic()
+        if not self._readers:
+            time.sleep(timeout_s)  # no worker of the group has run yet
+        return [record for reader in self._readers for record in self._take(reader.poll(timeout_s))]
 
     def _take(self, records: list[Record]) -> list[Record]:
         own = [record for record in records if record.key == self._key]
@@ -106,8 +120,8 @@ class LiveOperation:
 
     def close(self) -> None:
         """Let go of the connection."""
-        if self._reader is not None:
-            self._reader.close()
+        for reader in self._readers:
+            reader.close()
         self._storage.close()
 
     def __enter__(self) -> Self:

@@ -127,7 +127,8 @@ def _label(found: "Execution", progress: ProgressReport | None, console: Console
             parts.append((f"  {name} {number}", "dim"))
     if found.worker and not root:
         parts.append((f"  {one_line(found.worker)}", "dim"))
-    if progress is not None and progress.total and not Status.parse(found.status).final:
+    # Of one group below it a bar of its own would say the same.
+    if progress and progress.total and len(progress.children) != 1 and not Status.parse(found.status).final:
         parts += [("  ", ""), *_bar(progress, console)]
     if text := one_line(found.error or found.note):
         parts.append((f"  {text}", "red" if found.error else "yellow"))

@@ -1,5 +1,6 @@
 """Operations for people: a table of many, one in detail, its tasks as a tree."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -117,14 +118,21 @@ def details(found: "Execution", traceback: str = "full") -> Iterator[str]:
         yield click.style("\nTasks", bold=True)
         yield from _task_lines(found)
     if found.result is not None:
-        retval = {name: value for name, value in (found.result["retval"] or {}).items() if name != "error"}
+        retval = found.result["retval"]
+        if isinstance(retval, dict):  # the error is above
+            retval = {name: value for name, value in retval.items() if name != "error"}
         yield from _block("Result", json_lines(retval) if retval else [])
         for name in ("stdout", "stderr"):
-            yield from _block(name, str(found.result[name]).rstrip().splitlines())
+            text = str(found.result[name]).rstrip()
+            yield from _block(name, text.splitlines() if text != found.error else [])
     if traceback != "none":
         for each in _failed(found):
             lines = traceback_lines(each.traceback, full=traceback == "full")
             yield from _block(f"Traceback of {called(each)} [{one_line(each.uuid)}]", lines)
+    top = found.operation in (None, found.uuid)
+    if top and found.status in (Status.FAILED, Status.ABORTED):
+        command = shlex.join(["kser", "operations", "resume", found.uuid, "--group", found.group or "kser"])
+        yield f"\nTo run it again from there: {command}"
 
 
 def _facts(found: "Execution") -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from kser.cli.operations.view import called
 from kser.cli.options import example, format_option, group_option, kafka_options, log_level_option, option
 from kser.cli.terminal import one_line
 from kser.cli.watch import Deadline, said, styled_terminal
-from kser.control import complete_uuid, find_operation
+from kser.control import complete_uuid, find_operation, is_begin
 from kser.errors import ValidationError
 from kser.events import Event
 from kser.status import Status
@@ -70,11 +70,22 @@ def watch(uuid: str, timeout: float | None, group: str | None, connection: Conne
     with live:
         if live.find() is None:
             find_operation(transport, named, uuid, min(_DONE_S, deadline.left))  # says so when it is a part of one
+            if is_begin(uuid):
+                raise CommandFailed(f"Nothing that begins with {uuid} is told of: give the whole uuid to wait for it")
         with _view(output) as view:
             ended = _follow(live, view, named, deadline)
     if ended.status != Status.SUCCESS:
-        why = f": {one_line(ended.error or ended.note)}" if ended.error or ended.note else ""
-        raise CommandFailed(f"{called(ended)}[{uuid}] {ended.status}{why}")
+        raise CommandFailed(_failure(ended))
+
+
+def _failure(ended: "Execution") -> str:
+    """How it ended, in which task, and why."""
+    failed = [
+        task for task in ended.walk() if task is not ended and task.kind == "task" and task.status == ended.status
+    ]
+    where = f" in {called(failed[-1])}[{failed[-1].uuid}]" if failed else ""
+    why = one_line(ended.error or ended.note)
+    return f"{called(ended)}[{ended.uuid}] {ended.status}{where}{f': {why}' if why else ''}"
 
 
 def _follow(live: LiveOperation, view: "_View", group: str, deadline: Deadline) -> "Execution":
