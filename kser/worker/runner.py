@@ -276,8 +276,7 @@ class Runner:
 
         It is kept in the dead letters, because somebody may want to resume the operation.
         """
-        task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
-        task.entrypoint = work.kmsg.entrypoint
+        task = _stand_in(work.kmsg)
         result = results.from_exception(AbortedError(f"{work.name} {why}"), work.kmsg.uuid)
         outbox = _Outbox(self.sequencer, work.record.topic, attempt=work.attempt)
         with context.within(context.Scope(outbox)):
@@ -291,8 +290,7 @@ class Runner:
 
     def refused_for(self, work: "Work", outcome: Outcome) -> None:
         """Give an Outcome that was made in another process what it needs when the broker refuses its records."""
-        task = UnregisteredTask(uuid=work.kmsg.uuid, params=work.kmsg.params)
-        task.entrypoint = work.kmsg.entrypoint
+        task = _stand_in(work.kmsg)
         outcome.refused = partial(self._task_refused, task, work)
 
     def instead_of_waiting(self, record: Record, error: Error) -> list[OutRecord]:
@@ -303,8 +301,7 @@ class Runner:
         except Exception:  # noqa: BLE001 - data that is no message, or a newer itinerary
             return self._reject(record, self.controller.reject(record.value, error), None).records
         attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
-        task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
-        task.entrypoint = kmsg.entrypoint
+        task = _stand_in(kmsg)
         return self._task_refused(task, Work(record, kmsg, None, itinerary, None, attempt), error)
 
     def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
@@ -365,8 +362,7 @@ class Runner:
             result = self._execute(entrypoint) if error is None else self._finish(entrypoint, error)
             outbox.trace = entrypoint._trace
         if task is None:  # nobody's class, or a bare Entrypoint: for the sequence it is a task all the same
-            task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
-            task.entrypoint = kmsg.entrypoint
+            task = _stand_in(kmsg)
         if control is not None and control.again_s is not None and not results.is_success(result):
             outbox.drop()
             return self._again(work, task, result, control.again_s, outbox)
@@ -414,8 +410,7 @@ class Runner:
             logger.warning(
                 "%s[%s] waits up to %.3g s for a worker that can run it: %s", kmsg.entrypoint, kmsg.uuid, left_s, reason
             )
-            task = UnregisteredTask(uuid=kmsg.uuid, params=kmsg.params)
-            task.entrypoint = kmsg.entrypoint
+            task = _stand_in(kmsg)
             try:
                 itinerary = Itinerary.of(kmsg)
             except Error:
