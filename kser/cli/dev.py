@@ -8,12 +8,13 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -108,7 +109,7 @@ def dev(
     registered = _look(registry)
     tasks = _topics(registered, topics)
     ended = threading.Event()
-    with stopping_on_signals(ended.set), EmbeddedBroker(group_topics(group, tasks)) as broker:
+    with stopping_on_signals(ended.set), _hanging_up(ended.set), EmbeddedBroker(group_topics(group, tasks)) as broker:
         address = broker.bootstrap_servers
         common = ["--group", group, "--bootstrap-servers", address, "--stop-with-stdin"]
         worker = [registry, "--topics", ",".join(tasks), "--drain", f"{_DRAIN_S:g}", "--name", f"{group}-1"]
@@ -129,6 +130,19 @@ def dev(
                     crew.restart()
                 crew.look()
         click.echo("Stopped")
+
+
+@contextlib.contextmanager
+def _hanging_up(stop: Callable[[], None]) -> Iterator[None]:
+    """Within the block ``stop`` is called when the terminal is closed: the children are ended, and not just left."""
+    if not hasattr(signal, "SIGHUP") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, lambda _number, _frame: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager

@@ -223,12 +223,13 @@ def test_kser_dev_runs_everything_reloads_and_ends_as_one(tmp_path):
         assert told in text
 
 
-def test_kser_dev_killed_leaves_nothing_behind(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.long)])
+def test_kser_dev_that_cannot_end_in_peace_leaves_nothing_behind(tmp_path, number):
     write(tmp_path, "x")
-    with dev(tmp_path, "--no-reload") as (child, _, log):
-        wait_for(lambda: "Web.Starting" in log.read_text(), what="the API")
+    with dev(tmp_path, "--no-reload") as (child, api, _):
+        api.wait()
         started = children_of(child.pid)
-        child.kill()
+        child.send_signal(number)
         wait_for(lambda: not any(map(alive, started)), what="all of it to end")
 
 
