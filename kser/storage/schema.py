@@ -196,7 +196,7 @@ class Tables:
             Column("partition", Integer, nullable=False),
             Column("offset", BigInteger, nullable=False),
             self._index("event", "uuid"),
-            self._index("event", "root"),
+            self._index("event", "root", "type"),  # new runs of an operation, among very many events
             self._index("event", "topic", "partition", "offset"),
         )
 

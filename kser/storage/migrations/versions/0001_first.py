@@ -124,7 +124,7 @@ def _make_event(prefix: str) -> None:
         sa.Column("offset", sa.BigInteger, nullable=False),
     )
     _index(prefix, "event", "uuid")
-    _index(prefix, "event", "root")
+    _index(prefix, "event", "root", "type")
     _index(prefix, "event", "topic", "partition", "offset")
 
 
