@@ -188,6 +188,8 @@ def test_help_of_each_command_has_an_example_to_copy(run, path):
 def test_each_option_reads_a_variable_of_its_name(path):
     """But --topic of the broker, and what is paused: KSER_TOPIC is where messages are sent.
 
+    And --level of the logs, which is not that of one's own log lines.
+
     And --port: in Kubernetes a service called kser sets KSER_PORT. And what `kser dev` has of its own: it must not
     write into the history that a shell is set up for.
     """
@@ -202,6 +204,7 @@ def test_each_option_reads_a_variable_of_its_name(path):
             for what in ("host", "port")
         }
         own |= {(("dev",), f"--{what}"): f"KSER_DEV_{what.upper()}" for what in ("topics", "group", "storage")}
+        own[("logs",), "--level"] = "KSER_LOGS_LEVEL"
         for command in ("pause", "resume"):
             own |= {((command,), f"--{what}"): f"KSER_PAUSE_{what.upper()}" for what in ("topic", "task", "worker")}
         assert option.envvar == own.get((path, long), "KSER_" + long[2:].upper().replace("-", "_"))

@@ -716,6 +716,7 @@ def test_a_stop_is_heard_while_partitions_come_and_it_is_not_known_where_they_we
     one = Running(registry, Transport(transport, lambda sink, _: sink), settle_limit_s=1, drain_s=0)
     wait_for(lambda: committed(transport) == 1)
     engine = one.worker._loop
+    wait_for(lambda: engine.batch is None and not engine.pending)  # the loop has heard of that commit, too
     if asks == "committed":
         waits.set()
     else:  # as if the settle thread had a batch of an earlier assignment, and no word came of it
