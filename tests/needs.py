@@ -20,7 +20,7 @@ POSTGRESQL = "PostgreSQL"
 _VARIABLES = {APACHE_KAFKA: "KSER_REQUIRE_KAFKA"}
 
 
-#: The text of a skip, which is all that pytest's reports tell of it, also those of another process (pytest-xdist).
+#: The text of a skip, which is all that pytest's reports tell of it.
 _TEXT = re.compile(r"needs (?P<name>[^:]+): (?P<reason>.*?)(?: -- (?P<cure>.*))?", re.DOTALL)
 
 

@@ -139,10 +139,11 @@ def test_with_three_copies_two_must_confirm(apache3, names):
     assert {(t.replication, t.config["min.insync.replicas"]) for t in there.values()} == {(3, "2")}
     assert check_topics(cluster.admin, plan) == []
     cluster.set(task, min_insync_replicas=1)
-    [found] = check_topics(cluster.admin, plan)
+    # Each node learns of it in its own time, and another one may be asked.
+    [found] = wait_for(lambda: check_topics(cluster.admin, plan), WAIT_S, "what is wrong is found")
     assert found.finding.startswith("min.insync.replicas is 1 with 3 replicas")
     cluster.apply(found.cure)
-    assert check_topics(cluster.admin, plan) == []
+    wait_for(lambda: check_topics(cluster.admin, plan) == [], WAIT_S, "all is well")
 
 
 def test_the_groups_topics_have_as_many_copies_as_the_task_topics(apache3, names):
