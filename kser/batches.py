@@ -329,13 +329,10 @@ class SharedBatch(Batch):
     def wait(self, timeout: float) -> None:
         """See Batch."""
         end = time.monotonic() + timeout - _giving_up_s(timeout)
-        sink = self.producer._sink
-        # flush() waits for what other threads have under way, too, where the sink knows no better.
-        wait: Callable[[float], object] = getattr(sink, "await_news", sink.flush)
         why = _too_late(timeout)
         try:
             while self.open and (left := end - time.monotonic()) > 0:
-                wait(min(left, _SLICE_S))
+                self._await_news(min(left, _SLICE_S))
         except Error as exc:
             why = f"was not confirmed: {exc.message}"
         if self.open:
@@ -343,6 +340,12 @@ class SharedBatch(Batch):
             for index in set(range(len(self.results))) - self.told:
                 self.errors[index] = self.unconfirmed(index, why)
             self.producer._drop_queued(self)
+
+    def _await_news(self, timeout_s: float) -> None:
+        """Wait for a confirmation. flush() waits for what other threads have under way, too: only where it must do."""
+        sink = self.producer._sink
+        wait: Callable[[float], object] = getattr(sink, "await_news", None) or sink.flush
+        wait(timeout_s)
 
 
 class LaneBatch(Batch):
