@@ -239,7 +239,7 @@ def test_a_worker_without_its_task_topic_ends_with_the_command_that_makes_it(clu
     cluster.admin.create(TopicPlan(group=group, tasks={task: 2}, features=frozenset()).specs({}))
     unwilling = kser("worker", DICE, *args, "--no-create-topics")
     assert unwilling.returncode == 2
-    assert f"are missing: {group}.events, {group}.control, " in unwilling.stderr
+    assert f"are missing: {group}.events, {group}.telemetry, {group}.control, " in unwilling.stderr
     assert f"{group}.retry.1h. Create them with: kser topics create" in unwilling.stderr
 
 
