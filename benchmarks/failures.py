@@ -38,16 +38,18 @@ def measured(bootstrap, good, bad, task_s):
     topic, group = make_topic(bootstrap, PARTITIONS), f"g{uuid.uuid4().hex[:8]}"
     fill(bootstrap, topic, good, bad, task_s)
     command = [sys.executable, "-m", "kser", "worker", "benchmarks/worker_app.py:registry", "--topics", topic]
-    command += ["--group", group, "--bootstrap-servers", bootstrap, "--log-level", "critical"]
-    process = subprocess.Popen(command, cwd=ROOT)
+    command += ["--group", group, "--bootstrap-servers", bootstrap, "--log-level", "error"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)  # each failure is an error there
     times: list[int] = []
     try:
         while True:  # nothing is read before the group has made its topics
             time.sleep(0.5)
+            assert process.poll() is None, "the worker has ended"
             if ConfluentTransport({"bootstrap.servers": bootstrap}).admin().describe([events_topic(group)]):
                 break
         reader = ConfluentTransport({"bootstrap.servers": bootstrap}).reader([events_topic(group)], start="beginning")
         while len(times) < good:
+            assert process.poll() is None, "the worker has ended"
             times += [e.at for e in read(reader.poll(0.5)) if e.type == EventType.STEP_DONE]
         reader.close()
     finally:
