@@ -122,14 +122,19 @@ class Scope:
     record; what that thread's task starts may share it.
     """
 
-    __slots__ = ("_parent", "_suffix", "delivery", "made")
+    __slots__ = ("_delivery", "_parent", "_suffix", "made")
 
     def __init__(self, delivery: Delivery | None, parent: str | None = None) -> None:
-        self.delivery = delivery
+        self._delivery = delivery
         self._parent = parent
         self._suffix = ""
         #: Ids made so far of the parent of now.
         self.made = 0
+
+    @property
+    def delivery(self) -> Delivery | None:
+        """Takes what is sent; None: a producer sends it."""
+        return self._delivery
 
     def derive_from(self, parent: str, suffix: str = "") -> None:
         """From now on new ids are derived from ``parent`` and their order, so that running it again makes the same."""

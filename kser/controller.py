@@ -14,7 +14,7 @@ from kser.masking import mask
 from kser.results import Result
 from kser.schemas import Message, parse
 
-__all__ = ["BaseController", "Controller"]
+__all__ = ["BaseController", "Controller", "is_silent"]
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +204,28 @@ class Controller(BaseController):
         return cls._onresult(kmsg, result)
 
 
+def is_silent(controller: Controller | type[Controller]) -> bool:
+    """Whether nobody changed how messages are read and routed, nor a hook, and what goes well is not logged."""
+    cls = controller if isinstance(controller, type) else type(controller)
+    if cls._logger.isEnabledFor(logging.INFO):
+        return False
+    if not isinstance(controller, type) and not vars(controller).keys().isdisjoint(_ORIGINALS):
+        return False
+    return all(
+        next(base.__dict__[name] for base in cls.__mro__ if name in base.__dict__) is original
+        for name, original in _ORIGINALS.items()
+    )
+
+
+#: How that is which is_silent() asks for.
+_ORIGINALS = {
+    name: kind.__dict__[name]
+    for kind, names in (
+        (BaseController, ("onmessage", "onsuccess", "_onmessage", "_onsuccess", "_onresult", "_hooked", "_logger")),
+        (Controller, ("TRANSPORT", "decode", "lookup", "find", "dispatch")),
+    )
+    for name in names
+}
 _SHOWN = 2048
 
 

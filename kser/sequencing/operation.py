@@ -487,7 +487,7 @@ ORIGINALS["ends"] = {
     name: found(Operation, name)
     for name in (
         *("__init__", "__getattribute__", "__setattr__", "postinit", "next", "finish", "onsuccess", "onerror"),
-        *("postrun", "set_status", "_set_status", "_finish", "_mark", "status"),
+        *("postrun", "set_status", "_set_status", "_finish", "_mark", "status", "from_Message"),
     )
 }
 EntrypointMeta.facts = {}

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 from kser import context, results
 from kser.controller import Controller
+from kser.entry import EntrypointMeta
 from kser.errors import MessageTooLargeError, ValidationError
 from kser.events import Event, EventType
 from kser.headers import Headers
 from kser.results import Result
-from kser.schemas import Message
+from kser.schemas import Message, plain_bytes
 from kser.sequencing.itinerary import METADATA_KEY, End, Entry, Frame, Itinerary
 from kser.sequencing.operation import Operation, name_failed_task
 from kser.sequencing.plain_step import next_step
-from kser.sequencing.task import Task, UnregisteredTask
+from kser.sequencing.task import Task, UnregisteredTask, facts_of
 from kser.status import Status
 
 __all__ = ["MAX_MESSAGE_BYTES", "Consequences", "Outgoing", "Sequencer", "encode", "step_event"]
@@ -114,18 +115,34 @@ class Sequencer:
     def plain_step(
         self, task: Task, result: Result, data: dict[str, Any], topic: str, *, events: bool
     ) -> Consequences | None:
-        """task_ended() for a success with a plain itinerary and a plain next task, or None where it is not that."""
+        """task_ended() for a success with a plain itinerary, or None where it is not one of two things.
+
+        A plain next task follows; or it was the last one of an operation that is in no other, whose class has no say in
+        its end and logs nothing of it.
+        """
+        messages: list[Outgoing] = []
+        over: str | None = None
+        ops = data["ops"]
         following = next_step(data, topic)
         if following is None:
-            return None
-        target, key, uuid, entrypoint, params, metadata = following
-        try:
-            message = self._outgoing(Message(uuid, entrypoint, params, result, metadata), target, key)
-        except ValidationError:
-            return None
-        out = Consequences([message])
+            over = self._plain_end(ops)
+            if over is None:
+                return None
+        else:
+            target, key, uuid, entrypoint, params, metadata = following
+            raw = None
+            if self.controller.TRANSPORT is Message and uuid and entrypoint:
+                raw = plain_bytes(uuid, entrypoint, params, result, metadata)
+            if raw is not None and len(raw) <= self.limit:
+                messages.append(Outgoing(target, key, raw, entrypoint, uuid))
+            else:
+                try:
+                    messages.append(self._outgoing(Message(uuid, entrypoint, params, result, metadata), target, key))
+                except ValidationError:
+                    return None
+        out = Consequences(messages)
         if events:
-            ops = data["ops"]
+            root, run, position = ops[0]["uuid"], data["run"], data["position"]
             if data.get("new"):
                 self._started(Itinerary.load(data), out)
             out.events.append(
@@ -133,15 +150,32 @@ class Sequencer:
                     EventType.STEP_DONE,
                     task.uuid,
                     task.path,
-                    ops[0]["uuid"],
+                    root,
                     ops[-1]["uuid"],
-                    data["run"],
-                    data["position"],
+                    run,
+                    position,
                     Status.SUCCESS,
                     result,
                 )
             )
+            if over is not None:
+                out.events.append(
+                    Event(EventType.OPERATION_ENDED, root, over, root, None, run, position + 1, Status.SUCCESS, result)
+                )
         return out
+
+    def _plain_end(self, ops: list[dict[str, Any]]) -> str | None:
+        """The entrypoint of the one operation in ``ops`` when nothing but that is needed to end it; else None."""
+        frame = ops[0]
+        if len(ops) != 1 or frame["tasks"] or frame.get("hooks"):
+            return None
+        entrypoint: str = frame["entrypoint"]
+        cls = self.controller.find(entrypoint)
+        if cls is None:
+            return entrypoint  # nobody here knows it, and it has no say
+        facts = EntrypointMeta.facts.get(cls) or facts_of(cls)
+        plain = facts.ends and not cls._logger.isEnabledFor(logging.INFO)
+        return facts.path if plain and issubclass(cls, Operation) else None
 
     # -- the three things a worker meets -----------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ __all__ = [
     "found",
     "function_task",
     "is_plain",
+    "made_plain",
     "not_before",
 ]
 
@@ -453,7 +454,7 @@ class Facts:
     Each is a set of names, empty when the class changed one of them; an object may still have its own.
     """
 
-    __slots__ = ("ends", "enters", "home", "launches", "path", "runs", "sends")
+    __slots__ = ("ends", "enters", "home", "launches", "makes", "path", "runs", "sends")
 
     def __init__(self, cls: type[Entrypoint]) -> None:
         order = cls.__mro__
@@ -465,6 +466,8 @@ class Facts:
         }
         #: All that execute() asks besides run().
         self.runs = same["runs"]
+        #: What making an object from its message asks, and its execution on a worker beside that.
+        self.makes = same["makes"]
         #: What send() of a step of an operation asks.
         self.sends = same["sends"]
         #: What launch() of an operation asks.
@@ -515,6 +518,10 @@ ORIGINALS: dict[str, dict[str, Any]] = {
             "_log_end",
         ),
     ),
+    "makes": _originals(
+        *("__new__", "__init__", "__setattr__", "from_Message", "restore", "postinit", "execute", "on_cancel"),
+        *("uuid", "params", "metadata", "status", "_result", "_broken", "_control", "_trace", "_execute_plain"),
+    ),
     "enters": _originals("to_entry", "own_topic", "carried", "path", "topic", "key", "status"),
     "sends": _originals(
         *("send", "_transmit", "to_Message", "own_topic", "home_topic", "home", "carried", "path"),
@@ -525,6 +532,14 @@ ORIGINALS: dict[str, dict[str, Any]] = {
 def is_plain(cls: type[Entrypoint]) -> bool:
     """Whether only run() of this class is the user's."""
     return bool((EntrypointMeta.facts.get(cls) or facts_of(cls)).runs)
+
+
+def made_plain(cls: type[Task], kmsg: Message, metadata: dict[str, Any], control: context.Control | None) -> Task:
+    """What from_Message() makes of a class whose Facts have ``makes``, under ``control``, with this metadata."""
+    task: Task = cls.__new__(cls)
+    task.uuid, task.params, task.metadata = kmsg.uuid, kmsg.params, metadata
+    task._result, task._control = kmsg.result, control
+    return task
 
 
 class UnregisteredTask(Task):

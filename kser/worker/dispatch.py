@@ -16,49 +16,37 @@ Ordering = Literal["key", "partition", "none"]
 
 
 class Item:
-    """One record on its way through the worker. ``outcome`` is None until it was run, and when it never is."""
+    """One record on its way through the worker. ``outcome`` is None until it was run, and when it never is.
 
-    __slots__ = (
-        "admitted",
-        "claim",
-        "control",
-        "deadly",
-        "error",
-        "last",
-        "outcome",
-        "place",
-        "record",
-        "rest", "state", "subject",
-        "suspect",
-        "turn",
-        "work",
-    )  # fmt: skip
+    What few records need is an attribute of the class until one of them does: there is one of these for each record.
+    """
+
+    outcome: Any = None
+    #: True for the last one of its unit: with it the lane is free again.
+    last = True
+    #: What the executor has learnt of it so far: Work, Control, and the gate that let it pass.
+    work: Any = None
+    control: Any = None
+    admitted: Any = None
+    #: Why it is not run (any more) but failed.
+    error: Exception | None = None
+    #: What is behind it in its unit, when it is to be run again later.
+    rest: "deque[Item] | None" = None
+    #: What it won by coming first, when its message asks for that; written when it is settled.
+    claim: "Claim | None" = None
+    #: What an abort has to name to mean it, once that is known: see Work.subject.
+    subject: tuple[str, int] | None = None
+    #: It may be what crashed a worker: run apart from everything else.
+    suspect = False
+    #: Even so a worker ended: what follows from its crash must not be anybody's code either.
+    deadly = False
+    #: Where the dispatcher put it, and when: only for its own bookkeeping.
+    turn = 0
+    place = 0
 
     def __init__(self, state: PartitionState, record: Record) -> None:
         self.state = state
         self.record = record
-        self.outcome: Any = None
-        #: True for the last one of its unit: with it the lane is free again.
-        self.last = True
-        #: What the executor has learnt of it so far: Work, Control, and the gate that let it pass.
-        self.work: Any = None
-        self.control: Any = None
-        self.admitted: Any = None
-        #: Why it is not run (any more) but failed.
-        self.error: Exception | None = None
-        #: What is behind it in its unit, when it is to be run again later.
-        self.rest: deque[Item] | None = None
-        #: What it won by coming first, when its message asks for that; written when it is settled.
-        self.claim: Claim | None = None
-        #: What an abort has to name to mean it, once that is known: see Work.subject.
-        self.subject: tuple[str, int] | None = None
-        #: It may be what crashed a worker: run apart from everything else.
-        self.suspect = False
-        #: Even so a worker ended: what follows from its crash must not be anybody's code either.
-        self.deadly = False
-        #: Where the dispatcher put it, and when: only for its own bookkeeping.
-        self.turn = 0
-        self.place = 0
 
     def claimed(self) -> None:
         """Have the claim written before anything else that follows from the record; again if it is settled again."""

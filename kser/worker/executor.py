@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 from kser import context
 from kser.context import Control, Reports
@@ -37,8 +37,15 @@ logger = logging.getLogger(__name__)
 _CHUNK: Final = 16
 #: Active threads while tasks are short; and what came together is cut into so many chunks.
 _FEW: Final = 1
-#: Tasks longer than this, in seconds, are handed over one by one.
+#: A record that takes longer than this, in seconds, is a slow one. When more of them are than this share, of about so many
+#: records before now, units are handed over one by one. A busy machine makes one in ten slow all by itself.
 _SHORT_S: Final = 0.0005
+_SLOW_SHARE: Final = 0.25
+_MEMORY: Final = 200
+#: Of one processor: when this process uses less, tasks wait for something and more threads may be active; when it uses
+#: more, for short tasks, threads only take the GIL from each other.
+_IDLE: Final = 0.4
+_BUSY: Final = 0.7
 #: A thread that has been at one record for so long, in seconds, gives the rest of its chunk to others.
 _LONG_S: Final = 0.01
 #: What a task over its ``timeout`` gets to end by itself, in seconds, before its thread is given up.
@@ -106,10 +113,12 @@ class _Kind:
 class _Hand:
     """One thread."""
 
-    __slots__ = ("abandoned", "chunk", "item", "lock", "since", "thread", "told", "unit")
+    __slots__ = ("abandoned", "chunk", "count", "item", "lock", "since", "thread", "told", "unit")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        #: Records it has run.
+        self.count = 0
         #: What it runs, and since when (time.monotonic()).
         self.item: Item | None = None
         self.since = 0.0
@@ -122,12 +131,22 @@ class _Hand:
         self.thread: threading.Thread | None = None
 
 
+class _Load(NamedTuple):
+    """What the threads of a process are at."""
+
+    #: Tasks are short, so few threads do more than many.
+    short: bool
+    #: Tasks are slow, and that is not for want of the processor.
+    waits: bool
+
+
 class _Crew:
     """Threads that take chunks from one queue.
 
     Short tasks hold the GIL: more threads than a few only take it from each other, and from the poll and settle threads
     (each waits its turn of 5 ms). So only a few are active while tasks are short, one more for each that is stuck in a
-    long one, and all of them when tasks are long as a rule. The others are parked.
+    long one, and more and more of them while tasks are slow and the processor has little to do. The others are parked.
+    That tasks are slow is not enough: with many threads they all are, for want of the GIL.
 
     Args:
         executor: whose crew it is.
@@ -160,9 +179,14 @@ class _Crew:
             self.todo.put(chunk)
         self.grow()
 
-    def look(self, stuck: int, *, short: bool) -> None:
-        """Note how many threads are stuck in a long task, and whether tasks are short as a rule."""
-        self.wanted = min(self.size, _FEW + stuck) if short and not self._waits else self.size
+    def look(self, stuck: int, load: "_Load") -> None:
+        """Note how many threads are stuck in a long task, and what the others are at."""
+        if not self._waits:
+            if load.waits and (stuck or self.todo.qsize()):
+                self.wanted = min(self.size, 2 * self.wanted)
+            elif load.short:
+                self.wanted //= 2
+            self.wanted = max(self.wanted, min(self.size, _FEW + stuck))
         self.grow()
 
     def grow(self) -> None:
@@ -264,19 +288,24 @@ class Executor:
         self._suspects = _Kind(alone, self._isolated, None)
         #: Threads whose task ignored its timeout and that were replaced.
         self.abandoned: list[_Hand] = []
-        #: Seconds a record takes, lately.
-        self._pace = 1.0
+        #: The share of slow records, lately.
+        self._slow = 1.0
         self._looked = 0.0
+        #: As of the last look: what this process has used of processors, in seconds, and the records it has run.
+        self._used = 0.0
+        self._ran = 0
+        #: Of one processor this process uses so much, lately.
+        self._share = 0.0
 
     # -- handing over ------------------------------------------------------------------------------------------------
 
     def submit(self, units: list[Unit]) -> None:
         """Run these units, each in its own order. Every item comes back in ``finished``."""
         count = len(units)
-        if self._pace > _SHORT_S or count == 1:
+        if self._slow > _SLOW_SHARE or count == 1:
             self._crew.put([deque((unit,)) for unit in units])
         else:
-            size = max(_CHUNK, -(-count // _FEW))
+            size = max(_CHUNK, -(-count // self._crew.wanted))
             self._crew.put([deque(units[i : i + size]) for i in range(0, count, size)])
 
     def hold(self) -> None:
@@ -388,6 +417,7 @@ class Executor:
         now = time.monotonic()
         if now - self._looked < _LONG_S:
             return
+        load = self._weigh(now)
         self._looked = now
         for crew in (self._crew, self._waiting, self._isolated):
             if crew is None:
@@ -395,16 +425,28 @@ class Executor:
             stuck = 0
             for hand in tuple(crew.hands):
                 item = hand.item
-                if item is None or now - hand.since < _LONG_S:
+                if item is None:
+                    continue
+                long = now - hand.since >= _LONG_S
+                if (long or load.waits) and (chunk := hand.chunk):
+                    self._spread(crew, chunk)
+                if not long:
                     continue
                 stuck += 1
-                chunk = hand.chunk
-                if chunk:
-                    self._spread(crew, chunk)
                 kind = self._kinds.get(item.work.cls) if item.work is not None else None
                 if kind is not None and kind.timeout is not None and crew is not self._isolated:
                     self._deadline(crew, hand, item, kind.timeout, now)
-            crew.look(stuck, short=self._pace <= _SHORT_S)
+            crew.look(stuck, load)
+
+    def _weigh(self, now: float) -> _Load:
+        """What the threads were at since the last look."""
+        used, ran = time.process_time(), sum(hand.count for hand in tuple(self._crew.hands))
+        seconds, count = used - self._used, ran - self._ran  # count: none or less when a thread was given up
+        share = min(seconds / (now - self._looked), 1)
+        self._share = max(share, (self._share + share) / 2)  # that it began to work is known at once
+        self._used, self._ran = used, ran
+        short = self._slow <= _SLOW_SHARE or (self._share > _BUSY and count > 0 and seconds / count < _SHORT_S)
+        return _Load(short, self._share < _IDLE)
 
     def _spread(self, crew: _Crew, chunk: _Chunk) -> None:
         units: list[_Chunk] = []
@@ -454,41 +496,56 @@ class Executor:
             if chunk is None:
                 return
             hand.chunk = chunk
-            began = woke = monotonic()
-            count = 0
+            self._runner.look()
+            before = woke = monotonic()
+            count = slow = 0
             while True:
                 try:
                     unit = chunk.popleft()
                 except IndexError:
                     break
-                rest: deque[Item] = deque((unit,)) if isinstance(unit, Item) else unit
-                hand.unit = rest
-                while rest:
-                    item = rest.popleft()
+                rest: deque[Item] | None = None
+                if type(unit) is Item:
+                    item = unit
+                else:
+                    rest = hand.unit = unit  # type: ignore[assignment]  # type() and not isinstance(), which costs more
+                    item = rest.popleft()  # type: ignore[union-attr]
+                while True:
                     count += 1
                     if self._held:
                         self._open.wait()
+                        before = monotonic()
                     if item.state.closed:
                         self._refuse(item, rest)
                         break
-                    if not self._one(crew, hand, item, rest):
+                    if not self._one(crew, hand, item, rest, before):
                         if hand.abandoned:
                             return
                         break
-                    if item.outcome.again_s is not None or item.outcome.kind == "broken":
+                    outcome = item.outcome
+                    if outcome.again_s is not None or outcome.kind == "broken":
                         item.rest = rest  # what becomes of these is not for this thread to say
                         finished.append(item)
                         break
                     finished.append(item)
-                    if (now := monotonic()) - woke > _WAKE_S:
+                    now = monotonic()
+                    if now - before > _SHORT_S:
+                        slow += 1
+                    before = now
+                    if now - woke > _WAKE_S:
                         woke = now
                         self._wake()
+                    if not rest:
+                        break
+                    item = rest.popleft()
             hand.chunk = hand.unit = None
             if count:
-                self._pace += ((monotonic() - began) / count - self._pace) * 0.2
+                # Not the seconds they took: one wait for the GIL weighs as much as a hundred short tasks.
+                self._slow += (slow / count - self._slow) * min(count / _MEMORY, 1)
+                hand.count += count
             self._wake()
 
-    def _refuse(self, item: Item, unit: deque[Item]) -> None:
+    def _refuse(self, item: Item, unit: deque[Item] | None) -> None:
         """Give back a unit of a partition that is going."""
         if item.admitted is not None:
             self._leave(item)
@@ -499,33 +556,33 @@ class Executor:
                 return
             item = unit.popleft()
 
-    def _one(self, crew: _Crew, hand: _Hand, item: Item, unit: deque[Item]) -> bool:
-        """Run one record. False when another thread has it now, and what follows it in the unit."""
-        record = item.record
+    def _one(self, crew: _Crew, hand: _Hand, item: Item, unit: deque[Item] | None, now: float) -> bool:
+        """Run one record; ``now`` it begins. False when another thread has it now, and what follows it in the unit."""
         try:
             work = item.work
+            told = self._told
             if work is None:
-                opened = self._runner.open(record)
+                opened = self._runner.open(item.record)
                 if isinstance(opened, Outcome):
-                    item.outcome = self._unless_aborted(opened, record)
+                    item.outcome = self._unless_aborted(opened, item.record)
                     return True
                 work = item.work = opened
                 cls = work.cls
                 kind = self._kinds[cls] if cls in self._kinds else self._learn(cls)
                 if item.suspect and work.runs:
                     kind = self._suspects
-                if (told := self._told) is not None and told.version and self._stopped(told, item, work):
+                if told is not None and told.version and self._stopped(told, item, work):
                     return True
                 if kind is not None and not self._pass(kind, crew, item, unit):
                     return False
             opening = self._open_reports
-            item.control = Control(work.attempt, partial(opening, work) if opening is not None else None)
-            context._control.set(item.control)
+            item.control = control = Control(work.attempt, partial(opening, work) if opening is not None else None)
+            context._control.set(control)
             if item.error is not None:
                 item.outcome = self._runner.fail(work, item.error)
             else:
                 hand.told = 0.0
-                hand.since = time.monotonic()
+                hand.since = now
                 hand.item = item
                 outcome = crew.run(item, work)
                 with hand.lock:
@@ -534,10 +591,10 @@ class Executor:
                         return False
                 item.outcome = outcome
                 if (
-                    (told := self._told) is not None
+                    told is not None
                     and told.aborts
                     # One that was ended because of an abort is not just discarded, as one whose partition went is.
-                    and (outcome.kind in _ENDS or (outcome.kind == "aborted" and item.control.aborted == "aborted"))
+                    and (outcome.kind in _ENDS or (outcome.kind == "aborted" and control.aborted == "aborted"))
                 ):
                     self._stopped(told, item, work)
         except Exception:
@@ -546,10 +603,11 @@ class Executor:
                 if hand.abandoned:
                     return False
             # A fault of kser itself, not of the task. Unsettled, so that a worker with the cure runs it again.
+            record = item.record
             logger.exception("Record %s/%s/%s broke the worker", record.topic, record.partition, record.offset)
             item.outcome = Outcome("broken")
-        if (control := item.control) is not None:
-            control.end()
+        if item.control is not None:
+            item.control.end()
         if item.admitted is not None:
             self._leave(item)
         return True
@@ -599,8 +657,10 @@ class Executor:
             self._kinds[cls] = None
         return kind
 
-    def _pass(self, kind: _Kind, crew: _Crew, item: Item, unit: deque[Item]) -> bool:
+    def _pass(self, kind: _Kind, crew: _Crew, item: Item, unit: deque[Item] | None) -> bool:
         """Whether the item may run in this thread now; else it waits, or goes to the threads of its kind."""
+        if unit is None:
+            unit = deque()
         if kind.gate is not None and item.admitted is None:
             unit.appendleft(item)
             if not kind.gate.admit(unit):

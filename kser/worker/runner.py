@@ -4,14 +4,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from kser import context, headers, results
-from kser.controller import Controller
-from kser.entry import Entrypoint
+from kser.controller import Controller, is_silent
+from kser.entry import Entrypoint, EntrypointMeta
 from kser.errors import AbortedError, EntrypointNotFoundError, Error, InternalError
 from kser.events import Event, EventType, events_topic
 from kser.results import ACCEPTED, Result
@@ -20,7 +19,7 @@ from kser.sequencing.itinerary import METADATA_KEY, VERSION, Itinerary, key_byte
 from kser.sequencing.operation import Operation
 from kser.sequencing.plain_step import is_plain
 from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing, Sequencer, step_event
-from kser.sequencing.task import Task, UnregisteredTask
+from kser.sequencing.task import Task, UnregisteredTask, facts_of, made_plain
 from kser.status import Status
 from kser.tracebacks import TracebackInfo
 from kser.transport import OutRecord, Record
@@ -38,27 +37,44 @@ _ROOM_BYTES = 12 * 1024
 _LOOK_AGAIN_S = 10.0
 
 
-@dataclass(slots=True)
 class Outcome:
-    """What one record became. Its records are all there is to send before its offset may be committed."""
+    """What one record became. Its records are all there is to send before its offset may be committed.
 
-    #: "done", "failed", "rejected" (no message), "foreign" (of another group), "retry" (another attempt follows),
-    #: "delayed" (not yet due) or "waiting" (for somebody who can run it).
-    kind: str
-    records: list[OutRecord] = field(default_factory=list)
-    #: How many of the records the task itself sent. They go first, the rest when all of them are confirmed: one that is
-    #: refused fails the task, and then its operation must not have gone on.
-    ahead: int = 0
-    #: Gives the records to send instead, when the broker refuses a message for good.
-    refused: Callable[[Error], list[OutRecord]] | None = None
+    Args:
+        kind: "done", "failed", "rejected" (no message), "foreign" (of another group), "retry" (another attempt
+            follows), "delayed" (not yet due) or "waiting" (for somebody who can run it).
+        records: what to send.
+        ahead: how many of the records the task itself sent. They go first, the rest when all of them are confirmed: one
+            that is refused fails the task, and then its operation must not have gone on.
+        refused: gives the records to send instead, when the broker refuses a message for good.
+        again_s: the record itself is run again after so many seconds; None: it is not.
+        reason: why it waits, for people.
+        since_ms: since when it waits, in milliseconds since the epoch.
+    """
+
     #: The broker refused its dead letter, which is the least that it can be now.
-    shortened: bool = False
-    #: The record itself is run again after so many seconds; None: it is not.
+    shortened = False
     again_s: float | None = None
-    #: Why it waits, for people.
-    reason: str = ""
-    #: Since when it waits, in milliseconds since the epoch.
-    since_ms: int = 0
+    reason = ""
+    since_ms = 0
+
+    def __init__(
+        self,
+        kind: str,
+        records: list[OutRecord] | None = None,
+        ahead: int = 0,
+        refused: Callable[[Error], list[OutRecord]] | None = None,
+        *,
+        again_s: float | None = None,
+        reason: str = "",
+        since_ms: int = 0,
+    ) -> None:
+        self.kind = kind
+        self.records = records if records is not None else []
+        self.ahead = ahead
+        self.refused = refused
+        if again_s is not None:
+            self.again_s, self.reason, self.since_ms = again_s, reason, since_ms
 
 
 class Work:
@@ -119,20 +135,35 @@ class Work:
         return f"{self.kmsg.entrypoint}[{self.kmsg.uuid}]"
 
 
-class _Outbox:
-    """What the running task sends. Implements context.Delivery."""
+class _Outbox(context.Scope):
+    """What the running task sends, and what its new ids are derived from. Implements context.Delivery.
+
+    Args:
+        sequencer: encodes messages.
+        topic: where the running message came from.
+        itinerary: of the running message, as it came.
+        attempt: which attempt this execution is.
+    """
+
+    #: When the execution began, in milliseconds since the epoch; 0: it has not.
+    began = 0
+    #: Where the exception came from that it failed by.
+    trace: TracebackInfo | None = None
 
     def __init__(self, sequencer: Sequencer, topic: str, itinerary: Any = None, *, attempt: int = 1) -> None:
+        self._parent = None
+        self._suffix = ""
+        self.made = 0
         self.sequencer = sequencer
         self.topic = topic
-        #: Of the running message, as it came.
         self.itinerary = itinerary
         self.messages: list[Outgoing] = []
-        #: Of this execution, for its events: which attempt it is, when it began (milliseconds since the epoch; 0: it
-        #: has not), and where the exception came from that it failed by.
         self.attempt = attempt
-        self.began = 0
-        self.trace: TracebackInfo | None = None
+
+    @property
+    def delivery(self) -> context.Delivery:
+        """Itself."""
+        return self
 
     def send(self, kmsg: Message, topic: str | None, key: str | None, headers: headers.Headers = ()) -> Result:
         target = topic or self.topic
@@ -187,10 +218,17 @@ class Runner:
         #: Says who could run what names this entrypoint, with an itinerary of this version; "": nobody knows.
         self.who_could_run: Callable[[str, int], str] = lambda _entrypoint, _itinerary: ""
         self.sequencer = Sequencer(controller, limit)
+        #: Messages are read and routed as ever, and nothing is called or logged for those that go well.
+        self._silent = False
+        self.look()
         self._group = group.encode()
         self._headers = ((headers.GROUP, self._group),)
         self._events_topic = events_topic(group) if events else None
         self._dead_topic = dead_letter_topic(group) if dead_letters else None
+
+    def look(self) -> None:
+        """Look whether the controller is as it was; now and then, because it may be changed."""
+        self._silent = is_silent(self.controller)
 
     def run(self, record: Record) -> Outcome:
         """Run one record to its end. Never raises an Exception."""
@@ -212,15 +250,21 @@ class Runner:
         """
         attempt = 1
         if record.headers:
-            group = record.header(headers.GROUP)
+            found = dict(record.headers)  # the last of a name, as record.header() gives it
+            group = found.get(headers.GROUP)
             if group is not None and group != self._group:
                 return Outcome("foreign")
-            attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
-            not_before = headers.number(record.headers, headers.NOT_BEFORE)
-            if not_before and not early and (left_ms := not_before - time.time() * 1000) > 0:
-                return Outcome("delayed", again_s=left_ms / 1000)
+            if headers.ATTEMPT in found:
+                attempt = max(headers.number(record.headers, headers.ATTEMPT, 1), 1)
+            if headers.NOT_BEFORE in found and not early:
+                not_before = headers.number(record.headers, headers.NOT_BEFORE)
+                if not_before and (left_ms := not_before - time.time() * 1000) > 0:
+                    return Outcome("delayed", again_s=left_ms / 1000)
         try:
-            kmsg = self.controller.decode(record.value if record.value is not None else b"")
+            if self._silent:
+                kmsg = Message.loads(record.value if record.value is not None else b"")
+            else:
+                kmsg = self.controller.decode(record.value if record.value is not None else b"")
         except Exception as exc:  # noqa: BLE001 - data that is no message; a user's TRANSPORT may raise anything
             return self._reject(record, self.controller.reject(record.value, exc), None)
         data = kmsg.metadata.get(METADATA_KEY)
@@ -279,7 +323,7 @@ class Runner:
         task = _stand_in(work.kmsg)
         result = results.from_exception(AbortedError(f"{work.name} {why}"), work.kmsg.uuid)
         outbox = _Outbox(self.sequencer, work.record.topic, attempt=work.attempt)
-        with context.within(context.Scope(outbox)):
+        with context.within(outbox):
             consequences = self.sequencer.aborted(task, result, work.itinerary)
             if work.itinerary is None:
                 _number_run(consequences, work)
@@ -309,12 +353,11 @@ class Runner:
         outbox = _Outbox(self.sequencer, work.record.topic, kmsg.metadata.get(METADATA_KEY), attempt=work.attempt)
         control = context.current_control()
         outbox.began = control.began if control is not None else int(time.time() * 1000)
-        scope = context.Scope(outbox)
-        token = context._scope.set(scope)
+        token = context._scope.set(outbox)
         try:
             if work.cls is None and (itinerary := work.itinerary) is not None and itinerary.end is not None:
                 return self._end(work, itinerary, outbox)
-            return self._run(work, outbox, error, scope)
+            return self._run(work, outbox, error, control)
         except Exception:
             raise
         except BaseException as exc:  # sys.exit() in a hook of the controller: it must not end the thread unseen
@@ -338,36 +381,45 @@ class Runner:
         )
         return outcome
 
-    def _run(self, work: Work, outbox: _Outbox, error: Exception | None, scope: context.Scope) -> Outcome:
-        kmsg, topic = work.kmsg, work.record.topic
+    def _run(self, work: Work, outbox: _Outbox, error: Exception | None, control: context.Control | None) -> Outcome:
+        kmsg, topic, cls = work.kmsg, work.record.topic, work.cls
         task: Task | None = None
-        control = context.current_control()
-        try:
-            scope.derive_from(kmsg.uuid, ":init")
-            entrypoint = self._dispatch(kmsg)
-        except BaseException as exc:  # noqa: BLE001 - not registered, or a constructor that raised
-            if error is None and isinstance(exc, EntrypointNotFoundError):
-                wait = self._wait(work.record, kmsg, exc)
-                if wait is not None:
-                    return wait
-            result = results.from_exception(error or exc, kmsg.uuid)
-            trace = TracebackInfo.from_exception(error or exc)
-            outbox.trace = trace if trace.tells else None
+        if error is None and self._silent and cls is not None and (made := _made(cls, kmsg, control)) is not None:
+            outbox.derive_from(made.uuid)
+            task = made
+            try:
+                result = made._execute_plain()
+            except BaseException as exc:  # noqa: BLE001 - as in _execute()
+                result = self._finish(made, exc)
+            outbox.trace = made._trace
         else:
-            if isinstance(entrypoint, Operation):
-                return self._launch(work, entrypoint, outbox)
-            task = entrypoint if isinstance(entrypoint, Task) else None
-            scope.derive_from(entrypoint.uuid)
-            entrypoint._control = control
-            result = self._execute(entrypoint) if error is None else self._finish(entrypoint, error)
-            outbox.trace = entrypoint._trace
+            try:
+                outbox.derive_from(kmsg.uuid, ":init")
+                entrypoint = self._dispatch(kmsg)
+            except BaseException as exc:  # noqa: BLE001 - not registered, or a constructor that raised
+                if error is None and isinstance(exc, EntrypointNotFoundError):
+                    wait = self._wait(work.record, kmsg, exc)
+                    if wait is not None:
+                        return wait
+                result = results.from_exception(error or exc, kmsg.uuid)
+                trace = TracebackInfo.from_exception(error or exc)
+                outbox.trace = trace if trace.tells else None
+            else:
+                if isinstance(entrypoint, Operation):
+                    return self._launch(work, entrypoint, outbox)
+                task = entrypoint if isinstance(entrypoint, Task) else None
+                outbox.derive_from(entrypoint.uuid)
+                entrypoint._control = control
+                result = self._execute(entrypoint) if error is None else self._finish(entrypoint, error)
+                outbox.trace = entrypoint._trace
         if task is None:  # nobody's class, or a bare Entrypoint: for the sequence it is a task all the same
             task = _stand_in(kmsg)
         if control is not None and control.again_s is not None and not results.is_success(result):
             outbox.drop()
             return self._again(work, task, result, control.again_s, outbox)
-        scope.derive_from(kmsg.uuid, ":hooks")
-        result = self.controller._onresult(kmsg, result)
+        if not self._silent or not results.is_success(result):
+            outbox.derive_from(kmsg.uuid, ":hooks")
+            result = self.controller._onresult(kmsg, result)
         if not results.is_success(result):
             outbox.drop()  # nothing of a failed task leaves
             return self._ended(work, task, result, outbox)
@@ -381,6 +433,8 @@ class Runner:
                 return outcome
         elif self._events_topic is None and not outbox.messages and work.itinerary is None:
             return Outcome("done")  # nothing follows from it
+        if self._silent:
+            outbox.derive_from(kmsg.uuid, ":hooks")
         return self._ended(work, task, result, outbox)
 
     def _again(self, work: Work, task: Task, result: Result, delay_s: float, outbox: _Outbox) -> Outcome:
@@ -548,7 +602,7 @@ class Runner:
         logger.error("What follows from %s was refused by the broker: %s", work.name, error.message)
         outbox = _Outbox(self.sequencer, work.record.topic, attempt=work.attempt)
         failure = results.from_exception(error, work.kmsg.uuid)
-        with context.within(context.Scope(outbox)):
+        with context.within(outbox):
             records = self._outcome("failed", consequences(failure), outbox).records
         self._keep_failed(records, work, failure)
         return records
@@ -569,28 +623,40 @@ class Runner:
         return outcome
 
     def _outcome(self, kind: str, consequences: Consequences, outbox: _Outbox) -> Outcome:
-        return Outcome(
-            kind,
-            self._records([*outbox.messages, *consequences.messages], consequences.events, outbox),
-            ahead=len(outbox.messages),
-        )
+        sent = outbox.messages
+        messages = [*sent, *consequences.messages] if sent else consequences.messages
+        return Outcome(kind, self._records(messages, consequences.events, outbox), len(sent))
 
     def _records(self, messages: list[Outgoing], events: list[Event], of: _Outbox | None = None) -> list[OutRecord]:
         """These as records to send; ``of``: the execution that the events tell of."""
-        own = self._headers
-        records = (
-            [OutRecord(m.topic, key_bytes(m.key), m.value, (*own, *m.headers) if m.headers else own) for m in messages]
-            if messages
-            else []
-        )
-        if self._events_topic is not None:
+        own, topic = self._headers, self._events_topic
+        records = [
+            _out(OutRecord, (m.topic, key_bytes(m.key), m.value, (*own, *m.headers) if m.headers else own, None))
+            for m in messages
+        ]
+        if topic is not None:
             for event in events:
                 if of is None:
                     value = event.to_bytes(self.worker)
                 else:
                     value = event.to_bytes(self.worker, attempt=of.attempt, began=of.began, trace=of.trace)
-                records.append(OutRecord(self._events_topic, key_bytes(event.key), value, self._headers))
+                records.append(_out(OutRecord, (topic, key_bytes(event.key), value, own, None)))
         return records
+
+
+#: OutRecord(...), at half the cost: there is one for each task.
+_out: Any = tuple.__new__
+
+
+def _made(cls: type[Entrypoint], kmsg: Message, control: context.Control | None) -> Task | None:
+    """What Runner._dispatch() makes where only run() is the user's, with nothing to log; else None."""
+    facts = EntrypointMeta.facts.get(cls) or facts_of(cls)
+    if not facts.makes or not facts.runs or cls._logger.isEnabledFor(logging.DEBUG):
+        return None
+    metadata = kmsg.metadata
+    if METADATA_KEY in metadata:
+        metadata = {k: v for k, v in metadata.items() if k != METADATA_KEY} if len(metadata) > 1 else {}
+    return made_plain(cls, kmsg, metadata, control)  # type: ignore[arg-type]  # only a Task has such facts
 
 
 def _stand_in(kmsg: Message) -> UnregisteredTask:

@@ -1,11 +1,12 @@
 """The short way of the hand-off that most are gives what the long way gives, byte for byte, or leaves it to that."""
 
 import copy
+import logging
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kser import Message, OperationRegistry, Result, Task
+from kser import Message, Operation, OperationRegistry, Result, Task
 from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
 from kser.sequencing.plain_step import is_plain, next_step
 from kser.sequencing.sequencer import Sequencer
@@ -18,6 +19,24 @@ class Step(Task):
     """Not run here."""
 
 
+@registry.subscribe(name="plain")
+class Plain(Operation):
+    """Has no say in its end."""
+
+
+@registry.subscribe(name="hooked")
+class Hooked(Operation):
+    def onsuccess(self, result):
+        return Result(uuid=self.uuid, stdout="from its hook")
+
+
+@registry.subscribe(name="made")
+class Made(Operation):
+    @classmethod
+    def from_Message(cls, kmsg):
+        return cls(uuid=f"{kmsg.uuid}!", params=kmsg.params)
+
+
 texts = st.text(min_size=1, max_size=6)
 params = st.dictionaries(texts, st.integers() | st.text(max_size=4) | st.lists(st.booleans(), max_size=2), max_size=3)
 entries = st.fixed_dictionaries(
@@ -27,12 +46,13 @@ entries = st.fixed_dictionaries(
 frames = st.builds(
     Frame,
     uuid=texts,
-    entrypoint=texts,
+    entrypoint=texts | st.sampled_from(["plain", "hooked", "made", "step", "plain"]),
     params=params,
     topic=st.none() | texts,
     key=st.none() | texts,
     metadata=params,
     tasks=st.lists(entries, max_size=3),
+    hooks=st.booleans(),
 )
 itineraries = st.builds(
     Itinerary,
@@ -61,13 +81,25 @@ def test_both_ways_give_the_same(itinerary, result, topic, events):
     sequencer, task = Sequencer(registry.controller), Step(uuid="t")
     short = sequencer.plain_step(task, result, data, topic, events=events)
     assert data == before
-    plain_entry = bool(itinerary.innermost.tasks) and len(itinerary.innermost.tasks[0]) == 3
-    assert (short is not None) == plain_entry
+    inner = itinerary.innermost
+    plain_entry = bool(inner.tasks) and len(inner.tasks[0]) == 3
+    unchanged = inner.entrypoint not in ("hooked", "made", "step") and not inner.hooks
+    plain_end = len(itinerary.frames) == 1 and not inner.tasks and unchanged
+    assert (short is not None) == (plain_entry or plain_end)
     if short is None:
         return
     long = sequencer.task_ended(task, result, Itinerary.load(data), topic)
     assert short.messages == long.messages
     assert timeless(short.events) == (timeless(long.events) if events else [])
+
+
+def test_an_operation_that_logs_its_end_takes_the_long_way(caplog):
+    caplog.set_level(logging.INFO)
+    sequencer, task = Sequencer(registry.controller), Step(uuid="t")
+    data = Itinerary((Frame("o", "plain", {}, tasks=[]),)).dump()
+    assert sequencer.plain_step(task, Result(uuid="t"), data, "t", events=True) is None
+    sequencer.task_ended(task, Result(uuid="t"), Itinerary.load(data), "t")
+    assert "Plain.Success: plain[o]" in caplog.text
 
 
 junk = st.recursive(
