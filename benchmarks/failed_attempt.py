@@ -11,6 +11,7 @@ import pstats
 import sys
 import time
 import uuid
+from pathlib import Path
 
 from common import show
 
@@ -74,7 +75,7 @@ def main():
     parser.add_argument("--number", type=int, default=500)
     parser.add_argument("--profile", action="store_true", help="show where the time goes instead")
     options = parser.parse_args()
-    out, sys.stderr = sys.stderr, open("/dev/null", "w")  # noqa: SIM115 - until the end
+    out, sys.stderr = sys.stderr, Path("/dev/null").open("w")  # noqa: SIM115 - closed with the process
     kinds = {
         "with events and dead letters": Runner(registry.controller, "g", "w", dead_letters=True),
         "without": Runner(registry.controller, "g", "w", events=False),

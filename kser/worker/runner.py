@@ -122,6 +122,8 @@ class Work:
 class _Outbox:
     """What the running task sends. Implements context.Delivery."""
 
+    traced = True
+
     def __init__(self, sequencer: Sequencer, topic: str, itinerary: Any = None, *, attempt: int = 1) -> None:
         self.sequencer = sequencer
         self.topic = topic
@@ -307,6 +309,8 @@ class Runner:
     def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
         kmsg = work.kmsg
         outbox = _Outbox(self.sequencer, work.record.topic, kmsg.metadata.get(METADATA_KEY), attempt=work.attempt)
+        if self._events_topic is None:
+            outbox.traced = False
         control = context.current_control()
         outbox.began = control.began if control is not None else int(time.time() * 1000)
         scope = context.Scope(outbox)
