@@ -39,6 +39,8 @@ _CHUNK: Final = 16
 _FEW: Final = 1
 #: Tasks longer than this, in seconds, are handed over one by one.
 _SHORT_S: Final = 0.0005
+#: A chunk of which each record takes so long, in seconds, is not one of short tasks.
+_SLOW_S: Final = 0.002
 #: A thread that has been at one record for so long, in seconds, gives the rest of its chunk to others.
 _LONG_S: Final = 0.01
 #: What a task over its ``timeout`` gets to end by itself, in seconds, before its thread is given up.
@@ -106,7 +108,7 @@ class _Kind:
 class _Hand:
     """One thread."""
 
-    __slots__ = ("abandoned", "chunk", "item", "lock", "since", "thread", "told", "unit")
+    __slots__ = ("abandoned", "chunk", "item", "lock", "seen", "since", "thread", "told", "unit")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -115,6 +117,8 @@ class _Hand:
         self.since = 0.0
         self.unit: deque[Item] | None = None
         self.chunk: _Chunk | None = None
+        #: The chunk at the last look, how many units were left of it, and when that was.
+        self.seen: tuple[_Chunk | None, int, float] = (None, 0, 0.0)
         #: When its task was told to end; 0 when it was not.
         self.told = 0.0
         #: True once somebody else has its place: when it comes back it ends.
@@ -394,17 +398,29 @@ class Executor:
                 continue
             stuck = 0
             for hand in tuple(crew.hands):
-                item = hand.item
+                item, chunk = hand.item, hand.chunk
+                if chunk:
+                    self._keep_up(crew, hand, chunk, now)
                 if item is None or now - hand.since < _LONG_S:
                     continue
                 stuck += 1
-                chunk = hand.chunk
                 if chunk:
                     self._spread(crew, chunk)
                 kind = self._kinds.get(item.work.cls) if item.work is not None else None
                 if kind is not None and kind.timeout is not None and crew is not self._isolated:
                     self._deadline(crew, hand, item, kind.timeout, now)
             crew.look(stuck, short=self._pace <= _SHORT_S)
+
+    def _keep_up(self, crew: _Crew, hand: _Hand, chunk: _Chunk, now: float) -> None:
+        """Give a chunk to others that was meant for short tasks and has longer ones in it, each too short to be stuck.
+
+        So it is when many that fail at once, one after the other, are followed by others.
+        """
+        before, left, at = hand.seen
+        hand.seen = (chunk, len(chunk), now)
+        if before is chunk and (left - len(chunk)) * _SLOW_S < now - at:
+            self._pace = max(self._pace, _SLOW_S)
+            self._spread(crew, chunk)
 
     def _spread(self, crew: _Crew, chunk: _Chunk) -> None:
         units: list[_Chunk] = []
