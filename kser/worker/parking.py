@@ -22,8 +22,8 @@ LONGEST_S: Final = 30.0
 KEYS: Final = 100
 #: A clogged partition is fetched again when it has so much of its share: not paused and resumed for each record.
 _HALF: Final = 0.5
-#: Seconds between two counts of what waits, for each parked record: some twenty times what one takes to be counted.
-_LOOK_S: Final = 20e-6
+#: Seconds between two counts of what waits, for each parked record: some fifty times what one takes to be counted.
+_LOOK_S: Final = 50e-6
 
 
 class ParkingLot:
