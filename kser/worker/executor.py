@@ -418,7 +418,7 @@ class Executor:
         """
         before, left, at = hand.seen
         hand.seen = (chunk, len(chunk), now)
-        if before is chunk and (left - len(chunk)) * _SLOW_S < now - at:
+        if before is chunk and not self._held and (left - len(chunk)) * _SLOW_S < now - at:
             self._pace = max(self._pace, _SLOW_S)
             self._spread(crew, chunk)
 
