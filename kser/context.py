@@ -39,6 +39,9 @@ __all__ = [
 class Delivery(Protocol):
     """Takes what a task sends while a worker runs it: it leaves when the task is settled, and not if it failed."""
 
+    #: Whether somebody is told where the exception came from that a task failed by.
+    traced: bool
+
     def send(self, kmsg: "Message", topic: str | None, key: str | None, headers: "Headers" = ()) -> "Result":
         """Keep one message. Topic None: the one the running message came from. retcode 202, or a failed Result."""
 

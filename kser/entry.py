@@ -345,6 +345,8 @@ class Entrypoint(metaclass=EntrypointMeta):
 
     def _trace_back(self, exc: BaseException) -> None:
         """Note where an exception came from, for the history."""
+        if (delivery := context.current_delivery()) is not None and not delivery.traced:
+            return
         trace = TracebackInfo.from_exception(exc)
         self._trace = trace if trace.tells else None
 

@@ -193,9 +193,8 @@ class Event(NamedTuple):
                 shown[stream] = str(shown[stream])[:4096]
             data["params"] = {}
             raw = _encode(data)
-        if trace is not None:
-            data["trace"] = trace.fitted(MAX_TRACE_BYTES).dump()
-            raw = _encode(data)
+        if trace is not None:  # put at its end: the rest of it is written
+            raw = b'%b,"trace":%b}' % (raw[:-1], trace.to_bytes(MAX_TRACE_BYTES))
         return raw
 
     @classmethod

@@ -90,7 +90,10 @@ def text(headers: Iterable[tuple[str, bytes | None]], name: str) -> str:
 
 def number(headers: Iterable[tuple[str, bytes | None]], name: str, default: int = 0) -> int:
     """The header as a whole number; ``default`` when there is none, or it is no number."""
+    found = value_of(headers, name)
+    if not found:
+        return default
     try:
-        return int(value_of(headers, name) or b"")
+        return int(found)
     except ValueError:
         return default

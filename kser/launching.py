@@ -94,6 +94,8 @@ def launch(
 class _Outbox:
     """Keeps what a launch sends. Implements context.Delivery."""
 
+    traced = True
+
     def __init__(self) -> None:
         self.messages: list[tuple[Message, str | None, str | None, Headers]] = []
 

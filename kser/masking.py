@@ -17,6 +17,10 @@ _WORDS: tuple[str, ...] = (
 EXTRA_WORDS_VARIABLE = "KSER_SECRET_WORDS"
 _SPLIT = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _TOO_DEEP = "(nested too deep to be shown)"
+#: Longest text, in characters, that is remembered with its secrets masked.
+_SHORT = 512
+#: After one of these at the end of a line a value may follow in the next one.
+_OPEN = ('"', "'", ":")
 #: ``"password": "x"``, ``password=x``, ``Authorization: Basic x`` and ``scheme://user:x@host``.
 _SECRETS = re.compile(
     r"""(?P<quote>["'])(?P<quoted>[\w.\-]{1,100})(?P=quote)\s*:\s*(?P<value1>"[^"\n]*"?|'[^'\n]*'?|[^\s,;}\])]+)"""
@@ -29,11 +33,17 @@ _SECRETS = re.compile(
 
 def looks_secret(name: str) -> bool:
     """True when one of the words of ``name`` (api_key, apiKey, sasl.password) is, or begins with, a secret one."""
-    return _looks_secret(name, os.environ.get(EXTRA_WORDS_VARIABLE, ""))
+    return looks_secret_by(name, extra_words())
+
+
+def extra_words() -> str:
+    """What the environment has as more words: for who asks looks_secret_by() often."""
+    return os.environ.get(EXTRA_WORDS_VARIABLE, "")
 
 
 @functools.lru_cache(maxsize=4096)
-def _looks_secret(name: str, extra: str) -> bool:
+def looks_secret_by(name: str, extra: str) -> bool:
+    """looks_secret() when the environment has these ``extra`` words."""
     words = _WORDS
     if extra:
         words += tuple(word.strip().lower() for word in extra.split(",") if word.strip())
@@ -49,30 +59,65 @@ def mask(value: Any) -> Any:
     Never raises: what refers to itself or is nested too deep for a copy is replaced by a text that says so.
     """
     try:
-        return _mask(value)
+        return _mask(value, extra_words())
     except RecursionError:
         return _TOO_DEEP
 
 
 def mask_text(text: str) -> str:
     """``text`` in which the values that are written beside secret names are replaced by MASK."""
-    return _SECRETS.sub(_masked, text)
+    if ":" not in text and "=" not in text:
+        return text
+    extra = extra_words()
+    # The same text is often asked for in several places, and most lines of a traceback were there the last time, too.
+    if len(text) <= _SHORT:
+        return _masked_before(text, extra)
+    return "\n".join(
+        [_masked_before(part, extra) if len(part) <= _SHORT else _mask_text(part, extra) for part in _apart(text)]
+    )
 
 
-def _mask(value: Any) -> Any:
+def _apart(text: str) -> list[str]:
+    """The lines of a text, together where a name may be at the end of the one and its value in the next."""
+    lines = text.split("\n")
+    parts = []
+    start = 0
+    for at, line in enumerate(lines, 1):
+        last = line.rstrip()[-1:]
+        if last in _OPEN if last else at - 1 > start:
+            continue
+        parts.append(line if at - 1 == start else "\n".join(lines[start:at]))
+        start = at
+    if start < len(lines):
+        parts.append("\n".join(lines[start:]))
+    return parts
+
+
+def _mask_text(text: str, extra: str) -> str:
+    return _SECRETS.sub(functools.partial(_masked, extra), text)
+
+
+_masked_before = functools.lru_cache(maxsize=2048)(_mask_text)
+
+
+def _mask(value: Any, extra: str) -> Any:
     if isinstance(value, dict):
         return {
-            k: MASK if isinstance(k, str) and v not in (None, "", {}, []) and looks_secret(k) else _mask(v)
+            k: MASK
+            if isinstance(k, str) and v not in (None, "", {}, []) and looks_secret_by(k, extra)
+            else _mask(v, extra)
+            if type(v) is not str
+            else v
             for k, v in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [_mask(v) for v in value]
+        return [_mask(v, extra) for v in value]
     return value
 
 
-def _masked(found: "re.Match[str]") -> str:
+def _masked(extra: str, found: "re.Match[str]") -> str:
     name = found["quoted"] or found["plain"]
-    if name is not None and not looks_secret(name):
+    if name is not None and not looks_secret_by(name, extra):
         return found[0]
     kind = next(kind for kind in ("value1", "value2", "value3", "value4") if found[kind] is not None)
     start, end = found.span(kind)

@@ -1,7 +1,6 @@
 """Results: the success rule, the merge, and how an exception becomes one. The only importer of cdumay_result."""
 
 import math
-import traceback
 from typing import Any
 
 import orjson
@@ -9,6 +8,7 @@ from cdumay_result import Result, ResultSchema
 from marshmallow import ValidationError as SchemaError
 
 from kser.errors import Error, InternalError, ValidationError
+from kser.stacks import format_exception
 
 __all__ = [
     "ACCEPTED",
@@ -70,7 +70,7 @@ def from_exception(exc: BaseException, uuid: str) -> Result:
         "message": str(error.message),
         "msgid": error.msgid,
         "extra": json_safe(error.extra),
-        "stack": "".join(traceback.format_exception(exc)),
+        "stack": format_exception(exc),
     }
     code = error.code if isinstance(error.code, int) and error.code else 1
     return Result(retcode=code, stderr=str(error.message), retval={"error": detail}, uuid=str(uuid))
@@ -79,9 +79,10 @@ def from_exception(exc: BaseException, uuid: str) -> Result:
 def _as_error(exc: BaseException, uuid: str) -> Error:
     if isinstance(exc, Error):
         return exc
+    # Without a stack= each of these writes down the one of the exception that is being handled; here nobody reads it.
     if isinstance(exc, SchemaError):
         fields = exc.messages if isinstance(exc.messages, dict) else {"_schema": exc.messages}
-        return ValidationError(f"Invalid field(s) value: {', '.join(map(str, fields))}", extra=fields)
+        return ValidationError(f"Invalid field(s) value: {', '.join(map(str, fields))}", extra=fields, stack="")
     name = type(exc).__name__
     try:
         text = str(exc) or name
@@ -89,7 +90,7 @@ def _as_error(exc: BaseException, uuid: str) -> Error:
         text = f"{name} whose text cannot be had"
     if not isinstance(exc, Exception) and text != name:
         text = f"{name}: {text}"  # SystemExit: its text alone is a number
-    return InternalError(text, extra={"uuid": uuid, "type": name})
+    return InternalError(text, extra={"uuid": uuid, "type": name}, stack="")
 
 
 def dump(result: Result) -> dict[str, Any]:

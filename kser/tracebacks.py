@@ -4,21 +4,21 @@ It is made while the frames are still there, keeps none of them, and goes into J
 masked when it is made.
 """
 
-import functools
 import itertools
 import json
 import linecache
-import os
 import re
 import sys
-import traceback
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
 
+import orjson
+
 from kser.errors import ValidationError
-from kser.masking import EXTRA_WORDS_VARIABLE, MASK, looks_secret, mask_text
+from kser.masking import MASK, extra_words, looks_secret, looks_secret_by, mask_text
+from kser.stacks import format_exception_only
 
 __all__ = ["FrameInfo", "TracebackInfo"]
 
@@ -134,14 +134,14 @@ class TracebackInfo:
     @classmethod
     def from_tb(cls, tb: types.TracebackType | None) -> "TracebackInfo":
         """Of a traceback alone. Never raises."""
-        secrets: set[str] = set()
-        return _hidden(_made(None, tb, secrets), secrets)
+        secrets = _Secrets()
+        return _hidden(_made(None, tb, secrets), secrets.values)
 
     @classmethod
     def from_exception(cls, exc: BaseException) -> "TracebackInfo":
         """Of an exception, with what caused it. Never raises, whatever the exception and the variables are."""
-        secrets: set[str] = set()
-        return _hidden(_with_causes(exc, secrets), secrets)
+        secrets = _Secrets()
+        return _hidden(_with_causes(exc, secrets), secrets.values)
 
     @property
     def tells(self) -> bool:
@@ -158,6 +158,11 @@ class TracebackInfo:
         bare = tuple(FrameInfo(f.filename[-200:], f.lineno, f.function[:100], f.line[:100]) for f in kept)
         left_out = self.cut + len(self.frames) - len(kept)
         return TracebackInfo(bare, self.exception[:500], self.type[:100], left_out)
+
+    def to_bytes(self, max_bytes: int) -> bytes:
+        """JSON of it, as fitted() makes it fit."""
+        raw = _json(self.dump())
+        return raw if len(raw) <= max_bytes and raw.isascii() else _json(self.fitted(max_bytes).dump())
 
     def _only(self, last: int, *, context: bool = True) -> "TracebackInfo":
         """Only the ``last`` frames have variables, and the code around them."""
@@ -225,7 +230,25 @@ class TracebackInfo:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _with_causes(exc: BaseException, secrets: set[str]) -> TracebackInfo:
+class _Secrets:
+    """What is secret in one traceback: names that look so, and the values that they had."""
+
+    __slots__ = ("values", "words")
+
+    def __init__(self) -> None:
+        #: More words, read once: many names are asked for.
+        self.words = extra_words()
+        self.values: set[str] = set()
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(data)
+    except TypeError:  # a lone surrogate, in one that was loaded
+        return json.dumps(data, separators=(",", ":")).encode()
+
+
+def _with_causes(exc: BaseException, secrets: _Secrets) -> TracebackInfo:
     """Of the exception and of what it came from, each once."""
     chain: list[tuple[BaseException, Literal["", "cause", "context"]]] = []
     following: BaseException | None = exc
@@ -239,23 +262,25 @@ def _with_causes(exc: BaseException, secrets: set[str]) -> TracebackInfo:
     info: TracebackInfo | None = None
     came: Literal["", "cause", "context"] = ""
     for one, leads in reversed(chain):
-        info = replace(_made(one, one.__traceback__, secrets), cause=info, how=came)
+        made = _made(one, one.__traceback__, secrets)
+        info = made if info is None else replace(made, cause=info, how=came)
         came = leads
     assert info is not None
     return info
 
 
-def _made(exc: BaseException | None, tb: types.TracebackType | None, secrets: set[str]) -> TracebackInfo:
-    found = list(traceback.walk_tb(tb))
-    outside = next((n for n, (frame, _) in enumerate(found) if not _is_ours(frame)), len(found))
-    found = found[outside:]
+def _made(exc: BaseException | None, tb: types.TracebackType | None, secrets: _Secrets) -> TracebackInfo:
+    found: list[tuple[types.FrameType, int]] = []
+    while tb is not None:
+        frame = tb.tb_frame
+        if found or not _is_ours(frame):
+            found.append((frame, tb.tb_lineno or 0))
+        tb = tb.tb_next
     cut = max(len(found) - _FIRST - _LAST, 0)
     if cut:
         found = found[:_FIRST] + found[-_LAST:]
-    for filename in {frame.f_code.co_filename for frame, _ in found}:
-        linecache.checkcache(filename)
     return TracebackInfo(
-        frames=tuple(_frame(frame, lineno or 0, secrets) for frame, lineno in found),
+        frames=tuple([_frame(frame, lineno, secrets) for frame, lineno in found]),
         exception=_text(exc) if exc is not None else "",
         type=type(exc).__name__ if exc is not None else "",
         cut=cut,
@@ -269,39 +294,54 @@ def _is_ours(frame: types.FrameType) -> bool:
 
 def _text(exc: BaseException) -> str:
     try:
-        text = "".join(traceback.format_exception_only(exc)).rstrip("\n")
+        text = format_exception_only(exc).rstrip("\n")
     except Exception:  # noqa: BLE001 - user code: an exception that cannot even say what it is
         text = type(exc).__name__
     return mask_text(_trimmed(text, _MAX_TEXT))
 
 
-def _frame(frame: types.FrameType, lineno: int, secrets: set[str]) -> FrameInfo:
+def _frame(frame: types.FrameType, lineno: int, secrets: _Secrets) -> FrameInfo:
     code = frame.f_code
+    key = (id(code), lineno, secrets.words)
+    known = _places.get(key)
+    if known is None:
+        known = (code, _place(frame, lineno))
+        if len(_places) >= _KEPT:
+            _places.clear()
+        _places[key] = known
+    return FrameInfo(*known[1], dict(_variables(frame, secrets)))
+
+
+#: Everything of a frame that is the same each time: filename, lineno, function, line, before, after.
+_Place = tuple[str, int, str, str, tuple[str, ...], tuple[str, ...]]
+
+#: Code by its id and line and the words that look secret -> the code, so that its id stays its own, and the place.
+_places: dict[tuple[int, int, str], tuple[types.CodeType, _Place]] = {}
+#: Places that are remembered: what fails does so there again. The code around one is that of the first time.
+_KEPT: Final = 512
+
+
+def _place(frame: types.FrameType, lineno: int) -> _Place:
+    code = frame.f_code
+    linecache.checkcache(code.co_filename)
     lines = linecache.getlines(code.co_filename, frame.f_globals)
     at = lineno - 1
 
     def between(start: int, stop: int) -> tuple[str, ...]:
         return tuple(_code(line) for line in lines[max(start, 0) : max(stop, 0)])
 
-    return FrameInfo(
+    return (
         _trimmed(code.co_filename, _MAX_LINE),
         lineno,
         _trimmed(code.co_qualname, _MAX_LINE),
         _code(lines[at]) if 0 <= at < len(lines) else "",
         between(at - CONTEXT, at),
         between(at + 1, at + 1 + CONTEXT),
-        dict(_variables(frame, secrets)),
     )
 
 
 def _code(line: str) -> str:
     """A line of code, without what is written there as a secret."""
-    return _masked_code(line, os.environ.get(EXTRA_WORDS_VARIABLE, ""))
-
-
-@functools.lru_cache(maxsize=1024)
-def _masked_code(line: str, _words: str) -> str:
-    """The same, remembered for as long as the words that look secret are the same: what fails does so again."""
 
     def masked(found: "re.Match[str]") -> str:
         return f"{found['name']}{found['between']}{MASK}" if looks_secret(found["name"]) else found[0]
@@ -309,8 +349,10 @@ def _masked_code(line: str, _words: str) -> str:
     return mask_text(_CODE.sub(masked, _trimmed(line.rstrip(), _MAX_LINE)))
 
 
-def _variables(frame: types.FrameType, secrets: set[str]) -> Iterator[tuple[str, str]]:
+def _variables(frame: types.FrameType, secrets: _Secrets) -> Iterator[tuple[str, str]]:
     found = frame.f_locals
+    if not found:
+        return
     named = [name for name in tuple(found) if isinstance(name, str) and not name.startswith("__")]
     if found is frame.f_globals:  # code of a module: what it imports and defines are no variables
         named = [name for name in named if not isinstance(found[name], (types.ModuleType, types.FunctionType, type))]
@@ -320,8 +362,8 @@ def _variables(frame: types.FrameType, secrets: set[str]) -> Iterator[tuple[str,
         yield "...", f"{len(named) - _MAX_LOCALS} more"
 
 
-def _shown_as(name: str, value: Any, secrets: set[str]) -> str:
-    if _is_secret(name, value):
+def _shown_as(name: str, value: Any, secrets: _Secrets) -> str:
+    if _is_secret(name, value, secrets):
         _note_secret(name, value, secrets)
         return MASK
     try:
@@ -331,27 +373,34 @@ def _shown_as(name: str, value: Any, secrets: set[str]) -> str:
     return _trimmed(text, MAX_REPR)
 
 
-def _is_secret(name: str, value: Any) -> bool:
+def _is_secret(name: str, value: Any, secrets: _Secrets) -> bool:
     # What is empty is no secret; only of these types, because bool() of a user's object may be anything.
-    return value is not None and (type(value) not in (str, bytes, dict, list) or bool(value)) and looks_secret(name)
+    return (
+        looks_secret_by(name, secrets.words)
+        and value is not None
+        and (type(value) not in (str, bytes, dict, list) or bool(value))
+    )
 
 
-def _note_secret(name: str, value: Any, secrets: set[str]) -> None:
+def _note_secret(name: str, value: Any, secrets: _Secrets) -> None:
     """Remember a value that must not be shown elsewhere. What is called key is often none, and a common word."""
     if type(value) is str and len(value) >= _MIN_SECRET and name.lower().rstrip("s") != "key":
-        secrets.add(value)
+        secrets.values.add(value)
 
 
-def _repr(value: Any, depth: int, secrets: set[str]) -> str:
+def _repr(value: Any, depth: int, secrets: _Secrets) -> str:
     """repr() of a value, with secrets in it masked; of large ones no more is made than is shown."""
     kind = type(value)
-    if kind in (str, bytes, bytearray):
-        return repr(value[:MAX_REPR]) + ("..." if len(value) > MAX_REPR else "")
+    if kind in _BARE:
+        return repr(value)
+    if kind in _TEXTS:
+        return repr(value) if len(value) <= MAX_REPR else f"{value[:MAX_REPR]!r}..."
     if kind not in _BRACKETS or not value:
         return mask_text(_trimmed(repr(value), 64 * MAX_REPR))
     if depth >= _MAX_DEPTH:
         return "..."
     depth += 1
+    shown: list[str]
     if kind is dict:
         pairs = itertools.islice(value.items(), _MAX_ENTRIES)
         shown = [f"{_repr(k, depth, secrets)}: {_entry(k, v, depth, secrets)}" for k, v in pairs]
@@ -364,11 +413,14 @@ def _repr(value: Any, depth: int, secrets: set[str]) -> str:
     return f"{start}{', '.join(shown)}{comma}{end}"
 
 
+_TEXTS: Final = frozenset({str, bytes, bytearray})
+#: Nothing is written beside their values.
+_BARE: Final = frozenset({int, float, bool, type(None)})
 _BRACKETS: Final[dict[type, tuple[str, str]]] = {dict: ("{", "}"), list: ("[", "]"), tuple: ("(", ")"), set: ("{", "}")}
 
 
-def _entry(key: Any, value: Any, depth: int, secrets: set[str]) -> str:
-    if isinstance(key, str) and _is_secret(key, value):
+def _entry(key: Any, value: Any, depth: int, secrets: _Secrets) -> str:
+    if isinstance(key, str) and _is_secret(key, value, secrets):
         _note_secret(key, value, secrets)
         return repr(MASK)
     return _repr(value, depth, secrets)
@@ -391,15 +443,18 @@ def _hidden(info: TracebackInfo, secrets: Iterable[str]) -> TracebackInfo:
             text = text.replace(value, MASK)
         return text
 
-    frames = tuple(
-        replace(
+    def cleaned(frame: FrameInfo) -> FrameInfo:
+        texts = "\n".join((frame.line, *frame.before, *frame.after, *frame.locals.values()))
+        if not any(value in texts for value in values):
+            return frame
+        return replace(
             frame,
             line=clean(frame.line),
             before=tuple(map(clean, frame.before)),
             after=tuple(map(clean, frame.after)),
             locals={name: clean(value) for name, value in frame.locals.items()},
         )
-        for frame in info.frames
-    )
+
+    frames = tuple(map(cleaned, info.frames))
     cause = _hidden(info.cause, values) if info.cause is not None else None
     return replace(info, frames=frames, exception=clean(info.exception), cause=cause)

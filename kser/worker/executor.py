@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 _CHUNK: Final = 16
 #: Active threads while tasks are short; and what came together is cut into so many chunks.
 _FEW: Final = 1
-#: A record that takes longer than this, in seconds, is a slow one. When more of them are than this share, of about so many
-#: records before now, units are handed over one by one. A busy machine makes one in ten slow all by itself.
+#: A record that takes longer than this, in seconds, is a slow one. When more of them are than this share, of about so
+#: many records before now, units are handed over one by one. A busy machine makes one in ten slow all by itself.
 _SHORT_S: Final = 0.0005
 _SLOW_SHARE: Final = 0.25
 _MEMORY: Final = 200

@@ -5,6 +5,7 @@ never takes the room of all others.
 """
 
 import heapq
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Final
@@ -21,6 +22,8 @@ LONGEST_S: Final = 30.0
 KEYS: Final = 100
 #: A clogged partition is fetched again when it has so much of its share: not paused and resumed for each record.
 _HALF: Final = 0.5
+#: Seconds between two counts of what waits, for each parked record: some fifty times what one takes to be counted.
+_LOOK_S: Final = 50e-6
 
 
 class ParkingLot:
@@ -113,15 +116,30 @@ class Backlog:
         self.bytes = 0
         #: Partitions of which nothing more is wanted.
         self.clogged: set[Partition] = set()
+        #: When it may be counted anew, of time.monotonic().
+        self._due = 0.0
 
     def look(self, parts: Mapping[Partition, PartitionState]) -> None:
-        """Count anew: each parked record is looked at. ``parts``: the partitions that share the budget."""
+        """Count anew, but not so often that it costs much: each parked record is looked at.
+
+        ``parts``: the partitions that share the budget.
+        """
+        now = time.monotonic()
+        if now < self._due:
+            return
         items: Counter[Partition] = Counter()
         sizes: Counter[Partition] = Counter()
-        for unit in self._lot:
-            of, behind = unit[0].state.of, self._dispatcher.behind(unit[0])
-            items[of] += len(unit) + len(behind)
-            sizes[of] += size_of(unit) + size_of(behind)
+        units = 0
+        behind = self._dispatcher.behind
+        for units, unit in enumerate(self._lot, 1):  # noqa: B007 - how many there are
+            first = unit[0]
+            of, waiting = first.state.of, behind(first)
+            items[of] += len(unit)
+            sizes[of] += size_of(unit) if len(unit) > 1 else len(first.record.value or b"")
+            if waiting:
+                items[of] += len(waiting)
+                sizes[of] += size_of(waiting)
+        self._due = now + units * _LOOK_S
         for of in self.clogged:
             items[of] = len(parts[of].running)
             sizes[of] = max(sizes[of], sum(map(size_of, self._dispatcher.waiting(parts[of]))))

@@ -150,6 +150,8 @@ class _Outbox(context.Scope):
     #: Where the exception came from that it failed by.
     trace: TracebackInfo | None = None
 
+    traced = True
+
     def __init__(self, sequencer: Sequencer, topic: str, itinerary: Any = None, *, attempt: int = 1) -> None:
         self._parent = None
         self._suffix = ""
@@ -351,6 +353,8 @@ class Runner:
     def _guarded(self, work: "Work", error: Exception | None) -> Outcome:
         kmsg = work.kmsg
         outbox = _Outbox(self.sequencer, work.record.topic, kmsg.metadata.get(METADATA_KEY), attempt=work.attempt)
+        if self._events_topic is None:
+            outbox.traced = False
         control = context.current_control()
         outbox.began = control.began if control is not None else int(time.time() * 1000)
         token = context._scope.set(outbox)

@@ -17,9 +17,10 @@ from kser.transport.memory import MemoryTransport
 from kser.worker import loop, members, processes
 from kser.worker import worker as worker_module
 from kser.worker.dispatch import Item
+from kser.worker.executor import Executor
 from kser.worker.members import raise_for
 from kser.worker.offsets import PartitionState, decode
-from kser.worker.runner import Outcome
+from kser.worker.runner import Outcome, Runner
 from kser.worker.settle import Batch, _rounds
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
 
@@ -135,6 +136,36 @@ def test_a_long_task_holds_back_neither_other_keys_nor_what_came_after_it(regist
     assert one.worker.stats["done"] == 500
     go.set()
     wait_for(lambda: committed(transport) == 501)
+
+
+def test_tasks_that_follow_many_short_ones_and_are_not_quite_as_short_run_beside_each_other(registry):
+    """None of them is long enough to be stuck, and all of them are in the chunk of one thread."""
+    inside, most, lock = [0], [0], threading.Lock()
+
+    @registry.subscribe
+    class Medium(Task):
+        def run(self):
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+            time.sleep(0.005)
+            with lock:
+                inside[0] -= 1
+
+    executor = Executor(Runner(registry.controller, GROUP), concurrency=8, wake=lambda: None)
+    executor._slow, executor._share = 0.0, 1.0  # what was before them
+    executor.look_after()
+    state = PartitionState(Partition(TOPIC, 0))
+    values = [Medium().to_Message().to_bytes() for _ in range(200)]
+    executor.submit([Item(state, Record(TOPIC, 0, n, None, value, (), 0)) for n, value in enumerate(values)])
+
+    def finished():
+        executor.look_after()
+        return len(executor.finished) == 200
+
+    wait_for(finished)
+    assert executor.stop(5)
+    assert most[0] >= 6
 
 
 def test_after_a_kill_nothing_that_was_settled_above_a_long_task_runs_again(registry, transport, start):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kser import masking
 from kser.masking import MASK, looks_secret, mask, mask_text
 
 
@@ -91,3 +92,31 @@ def test_a_secret_is_never_in_what_is_shown(params, secret):
 )
 def test_what_is_written_beside_secret_names_is_not_shown(text, shown):
     assert mask_text(text) == shown
+
+
+lines = st.lists(
+    st.sampled_from(
+        ['"password"', "'token':", '"host":', ":", "", "  ", "x = 5", "api_key=abc", 'secret="a b"', "Authorization:",
+         "Basic abc", "authorization: Bearer x", "amqp://u:p@h/", '  "hunter2"', "plain", "def f():", "\x85",
+         "password="]
+    ),
+    max_size=40,
+)  # fmt: skip
+
+
+@given(lines, st.sampled_from(["\n", "\n\n", " ", "\r\n"]), st.integers(1, 30))
+def test_a_long_text_is_masked_line_by_line_as_if_at_once(parts, between, times):
+    text = between.join(parts * times)
+    assert mask_text(text) == masking._mask_text(text, "")
+
+
+def test_a_secret_in_the_line_after_its_name_is_masked_in_a_long_text():
+    for form in ('"password":\n  "hunter2"', "'token'\n\n: hunter2", "Authorization:\nhunter2"):
+        assert "hunter2" not in mask_text("x = 5\n" * 200 + form + "\nplain\n" * 200)
+
+
+def test_words_of_the_environment_count_for_texts_that_were_seen_before(monkeypatch):
+    text = "pin=1234\n" * 200
+    assert "1234" in mask_text(text)
+    monkeypatch.setenv("KSER_SECRET_WORDS", "pin")
+    assert "1234" not in mask_text(text)

@@ -19,7 +19,7 @@ from kser import (
     Task,
     headers,
 )
-from kser.context import current_delivery, derive_uuid
+from kser.context import Control, controlling, current_delivery, derive_uuid
 from kser.errors import InternalError
 from kser.events import Event, EventType
 from kser.sequencing.itinerary import METADATA_KEY
@@ -480,3 +480,28 @@ def test_the_runners_own_context_ends_with_the_record(runner, note):
 
 
 # -- offsets ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("events_", [True, False])
+def test_where_an_exception_came_from_is_looked_at_only_for_somebody_who_reads_it(registry, events_):
+    shown = []
+
+    class Dear:
+        def __repr__(self):
+            shown.append(self)
+            return "dear"
+
+    @registry.subscribe
+    class Bad(Task):
+        def run(self):
+            dear = Dear()
+            raise ValueError(len([dear]))
+
+    runner = Runner(registry.controller, "g", "w1", events=events_, dead_letters=True)
+    with controlling(Control()):
+        outcome = runner.run(record(raw(U, Bad.path)))
+    assert bool(shown) is events_
+    (letter,) = [out for out in outcome.records if out.topic == "g.dlq"]
+    assert b"in run\n" in headers.value_of(letter.headers, headers.TRACE)
+    traces = [event.trace for event in events(outcome) if event.type == EventType.STEP_FAILED]
+    assert [trace.frames[-1].locals["dear"] for trace in traces] == (["dear"] if events_ else [])
