@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kser import Operation, OperationRegistry, Task
+from kser import Operation, OperationRegistry, Result, Task
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
 from kser.cli.operations.live import LiveOperation
@@ -120,8 +120,20 @@ def test_programs_get_a_list_of_objects(run, storage):
     good = found[2]
     assert {"uuid", "entrypoint", "status", "started", "ended", "duration_s", "error"} <= good.keys()
     assert (good["entrypoint"], good["status"], good["error"]) == ("shop.Order", "SUCCESS", None)
+    listed = storage.history.list_operations(kind="operation")[0]
+    assert "tasks" not in listed.to_json()  # they were not read: none is not what there is
     ended = datetime.fromisoformat(good["ended"])
     assert good["duration_s"] == (ended - datetime.fromisoformat(good["started"])).total_seconds()
+
+
+def test_what_orjson_refuses_is_printed_as_json_all_the_same(run, storage):
+    tape = Tape()
+    given = {"text": "\ud800", "large": 1 << 80, "wrong": float("nan")}
+    tape.event("step.done", "odd-00000", status="SUCCESS", result=Result(uuid="odd-00000", retval=given))
+    record(storage, tape)
+    done = run("operations", "show", "odd-00000", "--format", "json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["result"]["retval"] == given | {"wrong": None}
 
 
 @pytest.mark.parametrize(
@@ -336,7 +348,8 @@ def test_logs_are_followed_until_it_has_ended(run, storage, monkeypatch):
     record(storage, tape)
     follower.join(20)
     assert not follower.is_alive()
-    assert [line.split()[-1] for line in found[0].output.splitlines()] == ["first", "second"]
+    assert [line.split()[-1] for line in found[0].stdout.splitlines()] == ["first", "second"]
+    assert found[0].stderr == "kser: Nothing is known of lone-0000 yet: it is waited for\n"
 
 
 # -- watch -------------------------------------------------------------------------------------------------------------
