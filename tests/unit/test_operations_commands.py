@@ -21,6 +21,7 @@ from kser.events import Event
 from kser.masking import MASK
 from kser.producer import BaseProducer
 from kser.storage import get_storage_from_url
+from kser.storage.history import History
 from kser.storage.projection import Projection
 from kser.testing import eventually
 from kser.transport import OutRecord, Partition, TopicSpec
@@ -337,9 +338,18 @@ def test_logs_are_shown_from_a_level_on(run, storage):
 def test_logs_are_followed_until_it_has_ended(run, storage, monkeypatch):
     monkeypatch.setattr("kser.cli.task_logs._POLL_S", 0.01)
     monkeypatch.setattr("kser.cli.task_logs._AFTER_S", 0.05)
-    found = []
+    found, asked, real = [], threading.Event(), History.get_operation
+
+    def get_operation(self, uuid):
+        try:
+            return real(self, uuid)
+        finally:
+            asked.set()
+
+    monkeypatch.setattr(History, "get_operation", get_operation)
     follower = threading.Thread(target=lambda: found.append(run("logs", "lone-0000", "--follow")))
-    follower.start()  # before anything is told of it
+    follower.start()
+    assert asked.wait(20)  # before anything is told of it
     tape = Tape()
     tape.telemetry("task.log", "lone-0000", n=1, level=20, message="first", logger="l")
     record(storage, tape)
@@ -404,6 +414,15 @@ def test_one_that_has_ended_is_shown_at_once_and_how_it_ended_is_the_exit_code(r
     assert done.stderr == f"kser: error: shop.Order[{uuid}] FAILED in shop.Task[s1]: no luck\n"
     kinds = {json.loads(line)["type"] for line in done.stdout.splitlines()}
     assert {"operation.started", "task.progress", "step.failed", "operation.ended"} <= kinds
+
+
+def test_programs_get_the_records_with_what_looks_secret_masked(run, broker):
+    tape = Tape()
+    tape.event("step.done", "lone", status="SUCCESS", result=Result(uuid="lone", retval={"token": SECRET}))
+    tell(broker, tape)
+    done = run("operations", "watch", "lone", *SERVERS, "--format", "json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["result"]["retval"] == {"token": MASK}
 
 
 @pytest.mark.parametrize(
