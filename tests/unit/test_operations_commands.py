@@ -114,6 +114,15 @@ def test_operations_are_listed_newest_first_with_what_became_of_them(run, storag
     assert lines[-1] == "3 in all"
 
 
+def test_what_began_in_another_year_is_shown_with_it(run, storage):
+    tape = Tape()
+    for uuid, year in (("then-0000", 2001), ("now-00000", datetime.now().astimezone().year)):
+        began = int(datetime(year, 6, 15, 12, tzinfo=UTC).timestamp() * 1000)
+        tape.event("step.done", uuid, status="SUCCESS", result=result(uuid), began=began, at=began)
+    record(storage, tape)
+    assert [line.split()[0] for line in run("operations", "list").output.splitlines()[1:3]] == ["06-15", "2001-06-15"]
+
+
 def test_programs_get_a_list_of_objects(run, storage):
     three(storage)
     found = json.loads(run("operations", "list", "--format", "json").output)
