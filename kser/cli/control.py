@@ -34,6 +34,7 @@ from kser.control import (
     WorkerNote,
     complete_uuid,
     find_operation,
+    is_begin,
     read_control,
 )
 from kser.control import abort as abort_operation
@@ -142,6 +143,9 @@ def abort(
         with connection.patience():
             uuid = complete_uuid(transport, named, uuid, min(_DONE_S, deadline.left))
             left = min(_DONE_S, deadline.left)
+            # A uuid that users gave may look so too: one that is known by just that name is meant.
+            if is_begin(uuid) and find_operation(transport, named, uuid, left) is None:
+                raise CommandFailed(f"Nothing that begins with {uuid} is told of: give the whole uuid to abort it")
             answer = abort_operation(uuid, group=named, transport=transport, run=run, why=why, timeout_s=left)
             if run is not None and wait:  # else it was looked at
                 answer = answer._replace(progress=find_operation(transport, named, uuid, min(_DONE_S, deadline.left)))

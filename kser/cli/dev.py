@@ -27,6 +27,7 @@ from kser.cli.recording import recording
 from kser.cli.storage import open_sql
 from kser.errors import ConfigurationError
 from kser.loading import file_of
+from kser.storage.urls import STORAGE_VARIABLE, safe_url
 from kser.transport import Transport
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.topic_findings import count
@@ -113,11 +114,13 @@ def dev(
         address = broker.bootstrap_servers
         common = ["--group", group, "--bootstrap-servers", address, "--stop-with-stdin"]
         worker = [registry, "--topics", ",".join(tasks), "--drain", f"{_DRAIN_S:g}", "--name", f"{group}-1"]
-        web = [registry, "--port", str(port), "--topic", next(iter(tasks)), "--storage", storage, "--no-recorder"]
+        web = [registry, "--port", str(port), "--topic", next(iter(tasks)), "--no-recorder"]
         with (
             _recording(ConfluentTransport({"bootstrap.servers": address}), storage, group),
             _Crew(
-                [["worker", *worker, *common, *_levels()], ["web", *web, *common, *_levels(logging.WARNING)]]
+                [["worker", *worker, *common, *_levels()], ["web", *web, *common, *_levels(logging.WARNING)]],
+                # Not an option: others on this machine can see those, and a URL may have a password.
+                {STORAGE_VARIABLE: storage},
             ) as crew,
         ):
             _introduce(registry, address, tasks, group, port, storage, reload=reload)
@@ -193,8 +196,6 @@ def _check_port(port: int) -> None:
 def _introduce(
     registry: str, address: str, tasks: Mapping[str, int], group: str, port: int, storage: str, *, reload: bool
 ) -> None:
-    from kser.storage.urls import safe_url  # here: only this command and its like need it
-
     topics = ", ".join(f"{name} ({count(partitions, 'partition')})" for name, partitions in tasks.items())
     rows = [
         ("broker", f"{address}, in memory, gone with Ctrl-C"),
@@ -212,8 +213,6 @@ def _show_launch(
     registry: str, registered: Sequence[Mapping[str, Any]], address: str, group: str, topic: str, storage: str
 ) -> None:
     """What to type to see something happen: with an operation that needs no parameters, if there is one."""
-    from kser.storage.urls import safe_url
-
     first = min(registered, key=lambda row: (row["kind"] != "operation", bool(row["required"])), default=None)
     click.echo("In another terminal:")
     click.echo(f"  export KSER_BOOTSTRAP_SERVERS={address} KSER_GROUP={group} KSER_STORAGE={safe_url(storage)}")
@@ -268,10 +267,16 @@ _NAMES: Final = {"worker": "worker", "web": "API"}
 
 
 class _Crew:
-    """Worker and API, each a process of `kser`."""
+    """Worker and API, each a process of `kser`.
 
-    def __init__(self, commands: Sequence[Sequence[str]]) -> None:
+    Args:
+        commands: what follows `kser` of each.
+        variables: of their environment, beside those of this process.
+    """
+
+    def __init__(self, commands: Sequence[Sequence[str]], variables: Mapping[str, str]) -> None:
         self._commands = commands
+        self._variables = variables
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         #: Those whose end was told.
         self._told: set[str] = set()
@@ -305,6 +310,7 @@ class _Crew:
 
     def _start(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+        environment |= self._variables
         for command in self._commands:
             self._processes[command[0]] = subprocess.Popen(  # noqa: S603 - our own program
                 [sys.executable, "-m", "kser", *command],

@@ -4,6 +4,8 @@ import logging
 import sys
 from typing import IO
 
+from kser.masking import mask_text
+
 __all__ = ["FORMAT", "FORMAT_OF_SEVERAL", "configure", "name_process", "tell_all"]
 
 FORMAT = "%(asctime)s %(levelname)-8s %(message)s"
@@ -16,12 +18,20 @@ _TOLD_BY_COMMANDS = ("kser.producer", "kser.confluent")
 _CHATTY = ("alembic", "watchfiles")
 
 
+class _Formatter(logging.Formatter):
+    """Masks what looks secret: a failed task's error and traceback are logged here as well as told in the events."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and the traceback below it."""
+        return mask_text(super().format(record))
+
+
 class _StderrHandler(logging.StreamHandler[IO[str]]):
     """Writes to whatever sys.stderr is at the time: a live display puts itself in its place to stay in one piece."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(_Formatter(FORMAT))
 
     @property
     def stream(self) -> IO[str]:  # type: ignore[override]  # StreamHandler sets it once
@@ -53,7 +63,7 @@ def name_process() -> None:
     """From now on each line has the number of this process in it."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _StderrHandler):
-            handler.setFormatter(logging.Formatter(FORMAT_OF_SEVERAL))
+            handler.setFormatter(_Formatter(FORMAT_OF_SEVERAL))
 
 
 def tell_all() -> None:

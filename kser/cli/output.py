@@ -1,5 +1,6 @@
 """What commands print: JSON for programs, aligned columns for people."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,11 @@ __all__ = ["columns", "write_json"]
 
 def write_json(document: Any) -> None:
     """One JSON document, on one line, at once, in UTF-8 whatever the terminal's encoding."""
-    click.echo(orjson.dumps(document, default=_plain, option=orjson.OPT_NON_STR_KEYS))
+    try:
+        text = orjson.dumps(document, default=_plain, option=orjson.OPT_NON_STR_KEYS)
+    except TypeError:  # large numbers, lone surrogates: a task may give what orjson refuses
+        text = json.dumps(results.json_safe(document), separators=(",", ":")).encode()
+    click.echo(text)
 
 
 def _plain(value: Any) -> Any:

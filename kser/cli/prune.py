@@ -8,7 +8,7 @@ import click
 
 from kser.cli.options import example, format_option, log_level_option, option
 from kser.cli.output import write_json
-from kser.cli.storage import open_storage, storage_option
+from kser.cli.storage import need_file, open_storage, storage_option
 
 __all__ = ["prune"]
 
@@ -65,6 +65,7 @@ def prune(
         raise click.UsageError("Say which log records: --max-age, --level, --job or --build, or --all of them")
     number = None if level is None else logging.getLevelNamesMapping()[level.upper()]
     with open_storage(storage) as opened:
+        need_file(opened)
         deleted = opened.prune_log_messages(job_id=job, build_id=build, max_age=max_age, level=number)
     if output == "json":
         write_json({"deleted": deleted})

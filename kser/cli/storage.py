@@ -1,8 +1,10 @@
 """The storage of a command: one option, and what is opened with it."""
 
 import functools
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kser.cli.options import Function, option
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from kser.storage.history import History
     from kser.storage.sql import SqlStorage
 
-__all__ = ["open_history", "open_sql", "open_storage", "storage_option"]
+__all__ = ["need_file", "open_history", "open_sql", "open_storage", "storage_option"]
 
 
 def storage_option(function: Function) -> Function:
@@ -39,6 +41,9 @@ def open_storage(url: str) -> Iterator["StorageBase"]:
     """The storage at this URL, closed at the end of the block. Raises ConfigurationError for one that cannot be."""
     from kser.storage import get_storage_from_url  # here: it loads what it needs, SQL among it
 
+    here = str(Path.cwd())
+    if "" not in sys.path and here not in sys.path:
+        sys.path.insert(0, here)  # a storage of one's own is found where a registry is
     opened = get_storage_from_url(url)
     try:
         yield opened
@@ -62,4 +67,16 @@ def open_sql(url: str) -> Iterator["SqlStorage"]:
 def open_history(url: str) -> Iterator["History"]:
     """The history in the storage at this URL. Raises ConfigurationError for one that has none."""
     with open_storage(url) as opened:
+        need_file(opened)
         yield opened.history
+
+
+def need_file(storage: "StorageBase") -> None:
+    """Raise ConfigurationError for a file that is not there: reading would make an empty one of a mistyped name."""
+    from kser.storage.sql import SqlStorage
+
+    file = storage.database.file if isinstance(storage, SqlStorage) else None
+    if file is not None and not file.exists():
+        raise ConfigurationError(
+            f"There is no storage {file}: name the one that a recorder writes, or make it with kser install --storage"
+        )

@@ -59,8 +59,12 @@ def logs(uuid: str, follow: bool, level: str | None, storage: str, output: str) 
     least = None if level is None else logging.getLevelNamesMapping()[level.upper()]
     with open_history(storage) as history:
         uuid = history.complete_uuid(uuid)
-        if not follow:
-            history.get_operation(uuid)  # says so when there is none
+        try:
+            history.get_operation(uuid)
+        except NotFound as exc:
+            if not follow:
+                raise
+            click.echo(f"kser: {exc.message} yet: it is waited for", err=True)
         _show(history, uuid, least, output, follow=follow)
 
 

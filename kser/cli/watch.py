@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from kser.cli.errors import CommandFailed
+from kser.cli.output import write_json
 from kser.events import Event, EventType, OperationView, read
+from kser.masking import mask
 from kser.results import Result
+from kser.schemas import parse
 from kser.status import Status
 from kser.transport import Reader
 
@@ -145,11 +148,11 @@ class _Lines:
 
 
 class _JsonLines(_Lines):
-    """A JSON object for each event, on a line of its own."""
+    """A JSON object for each event, with what looks secret masked, on a line of its own."""
 
     def event(self, event: Event) -> None:
         """Show one event."""
-        click.echo(event.to_bytes())
+        write_json(mask(parse(event.to_bytes())))
 
 
 class _LiveLines(_Lines):

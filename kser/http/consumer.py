@@ -17,6 +17,7 @@ from kser.http.wire import Posted
 from kser.producer import BaseProducer
 from kser.results import Result, from_exception
 from kser.sequencing.itinerary import Itinerary
+from kser.sequencing.registry import OperationRegistry
 from kser.worker.shutdown import stopping_on_signals
 
 __all__ = ["Consumer"]
@@ -41,11 +42,11 @@ class Consumer:
         topics: topics that messages may name; those for others are refused.
         producer: where they go instead of being run here. Whoever made it closes it.
 
-    Raises ConfigurationError for an option that does not exist.
+    Raises ConfigurationError for an option that does not exist, or cannot be.
     """
 
-    #: The controller that runs the messages; set it on the instance to ``registry.controller``.
-    REGISTRY: ClassVar[type[Controller] | Controller] = Controller
+    #: What runs the messages: set it on the instance to ``registry.controller``, or to the registry.
+    REGISTRY: ClassVar[type[Controller] | Controller | OperationRegistry] = Controller
 
     _logger: ClassVar[logging.Logger] = logging.getLogger(__name__)
 
@@ -57,9 +58,9 @@ class Consumer:
             raise ConfigurationError(f"Unknown option {', '.join(unknown)}: there are {', '.join(sorted(_OPTIONS))}")
         self.topics = [topics] if isinstance(topics, str) else list(topics)
         self._host = str(options.get("host") or "127.0.0.1")
-        self._port = int(options.get("port", DEFAULT_PORT))
+        self._port = _number(options, "port", DEFAULT_PORT)
         self._token = options.get("token")
-        self._threads = int(options.get("threads") or 16)
+        self._threads = _number(options, "threads", 16)
         self._hand: Take | None = handing_to(producer) if producer is not None else None
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -121,8 +122,19 @@ class Consumer:
             raw = kmsg.to_bytes()
         except Error as exc:
             return from_exception(exc, kmsg.uuid)
-        ran = self.REGISTRY.run(raw)
+        # The workers behind the consumers of the other drivers take a registry as well.
+        controller = self.REGISTRY.controller if isinstance(self.REGISTRY, OperationRegistry) else self.REGISTRY
+        ran = controller.run(raw)
         return Result(uuid=kmsg.uuid, stdout=f"{kmsg.entrypoint}[{kmsg.uuid}] was run, with retcode {ran.retcode}")
+
+
+def _number(options: Mapping[str, Any], name: str, default: int) -> int:
+    """The whole number that an option is, as a number or a text. Raises ConfigurationError."""
+    value = options.get(name)
+    try:
+        return default if value is None else int(value)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{name}={value!r}: give a whole number") from None
 
 
 def _check_complete(posted: Posted) -> None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -12,7 +13,7 @@ from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError,
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.pool import QueuePool
 
-from kser.errors import ConfigurationError, Error, StorageError
+from kser.errors import ConfigurationError, Error, StorageError, ValidationError
 from kser.storage.schema import DEFAULT_PREFIX, Tables, check_prefix
 from kser.storage.urls import safe_url
 
@@ -28,6 +29,11 @@ _WRITES = "kser_writes"
 #: What PostgreSQL and sqlite call a table or column that is not there.
 _MISSING_STATES = ("42P01", "42703")
 _MISSING_TEXT = re.compile(r"no such (table|column)")
+_IN_MEMORY = (None, "", ":memory:")
+#: What the query of a URL may have; with ``uri`` sqlite has more.
+_SQLITE_OPTIONS = frozenset(
+    {"timeout", "isolation_level", "detect_types", "check_same_thread", "cached_statements", "uri"}
+)
 _INSTALL = "pip install 'kser[postgres]'"
 
 
@@ -50,6 +56,16 @@ class Database:
             self.engine = _postgresql(parsed) if parsed.drivername.startswith("postgresql") else _sqlite(parsed)
         except ImportError as exc:
             raise ConfigurationError(f"Storage {self.shown} needs psycopg, which is not installed: {_INSTALL}") from exc
+        except (ArgumentError, ValueError) as exc:  # an option in the query of the URL
+            raise ConfigurationError(f"Storage {self.shown!r} cannot be opened: {exc}") from exc
+
+    @property
+    def file(self) -> Path | None:
+        """The file that it is; None for a database in memory or on a server."""
+        url = self.engine.url
+        if not url.drivername.startswith("sqlite") or url.database in _IN_MEMORY or url.database.startswith("file:"):
+            return None
+        return Path(url.database)
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -78,6 +94,8 @@ class Database:
             raise StorageError(f"Storage {self.shown}: no connection was free within {_POOL_S:g} s") from exc
         except SQLAlchemyError as exc:
             raise self._as_error(exc) from exc
+        except OverflowError as exc:  # of sqlite's driver, which has whole numbers of 64 bits
+            raise ValidationError(f"A number is too large for storage {self.shown}: {exc}") from exc
 
     def _as_error(self, exc: SQLAlchemyError) -> Error:
         origin = exc.orig if isinstance(exc, DBAPIError) and exc.orig is not None else exc
@@ -115,7 +133,17 @@ def _parse(url: str) -> tuple[URL, str]:
 
 
 def _sqlite(url: URL) -> Engine:
-    memory = url.database in (None, "", ":memory:")
+    if url.host or url.username or url.password or url.port:
+        raise ConfigurationError(
+            f"Storage {safe_url(url.render_as_string())!r} is no file: three slashes stand before a relative path, as "
+            "in sqlite:///kser.db, and four before an absolute one"
+        )
+    if unknown := set() if "uri" in url.query else set(url.query) - _SQLITE_OPTIONS:
+        raise ConfigurationError(
+            f"Storage {safe_url(url.render_as_string())!r}: there is no option {sorted(unknown)[0]!r}; sqlite has "
+            f"table_prefix, {', '.join(sorted(_SQLITE_OPTIONS))}"
+        )
+    memory = url.database in _IN_MEMORY
     engine = create_engine(
         url,
         # In memory the one connection is the database: it is never closed, and threads take turns.

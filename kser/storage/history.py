@@ -70,8 +70,8 @@ class History:
         Raises ValidationError for a status, kind, limit or offset that cannot be.
         """
         for name, value in (("limit", limit), ("offset", offset)):
-            if not isinstance(value, int) or value < 0:
-                raise ValidationError(f"{name}={value!r}: give a whole number from 0")
+            if not isinstance(value, int) or not 0 <= value < 1 << 63:
+                raise ValidationError(f"{name}={value!r}: give a whole number from 0, of 63 bits at most")
         build = self._tables.build
         query = select(build).where(*self._filters(states, entrypoint, since, until, text, kind))
         query = query.order_by(build.c.created.desc(), build.c.id.desc()).limit(limit).offset(offset)

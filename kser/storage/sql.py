@@ -2,7 +2,7 @@
 
 import uuid as uuids
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -317,11 +317,19 @@ class SqlStorage(StorageBase):
         if build_id is not None:
             query = query.where(log.c.build_id == build_id)
         if max_age is not None:
-            query = query.where(log.c.created < now() - timedelta(seconds=max_age))
+            query = query.where(log.c.created < _ago(max_age))
         if level is not None:
             query = query.where(log.c.level <= level)
         with self.database.write() as connection:
             return connection.execute(query).rowcount
+
+
+def _ago(seconds: float) -> datetime:
+    """So many seconds ago; the first moment there is for an age that no calendar has."""
+    try:
+        return now() - timedelta(seconds=seconds)
+    except OverflowError:
+        return datetime.min.replace(tzinfo=UTC)
 
 
 def _build(row: Row[Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import re
 
 from kser.errors import ConfigurationError
+from kser.masking import MASK, looks_secret
 from kser.storage.base import StorageBase
 from kser.storage.views import Execution
 
@@ -22,6 +23,7 @@ _KNOWN = {
 }
 _FORMS = "memory:, sqlite:///FILE, postgresql://USER:PASSWORD@HOST:PORT/DB, or package.module:Class+scheme://..."
 _PASSWORD = re.compile(r"(://[^:/@]*):.*@")
+_OPTION = re.compile(r"([?&]([^?&=]*)=)[^&]*")
 
 
 def get_storage_from_url(url: str) -> StorageBase:
@@ -72,8 +74,9 @@ def load_execution(uuid: str, storage: StorageBase | str | None = None) -> Execu
 
 
 def safe_url(url: str) -> str:
-    """The URL without its password."""
-    return _PASSWORD.sub(r"\1:********@", url)
+    """The URL without its password, wherever in it that stands."""
+    url = _PASSWORD.sub(r"\1:********@", url)
+    return _OPTION.sub(lambda found: found[1] + MASK if looks_secret(found[2]) else found[0], url)
 
 
 def _load(name: str) -> type[StorageBase]:

@@ -63,7 +63,10 @@ class Execution:
         return max((self.ended - self.started).total_seconds(), 0.0)
 
     def to_json(self, *, details: bool = False) -> dict[str, Any]:
-        """As JSON; with ``details`` params, result, exception and traceback too. ``tasks`` for an operation only."""
+        """As JSON; with ``details`` params, result, exception and traceback too. ``tasks`` for an operation only.
+
+        Without, and when it was listed, its tasks were not read and are left out.
+        """
         data: dict[str, Any] = {
             "uuid": self.uuid,
             "id": self.id,
@@ -92,7 +95,7 @@ class Execution:
                 "group": self.group,
                 "note": self.note,
             }
-        if self.kind == "operation":
+        if self.kind == "operation" and (details or self.tasks):
             data["tasks"] = [task.to_json(details=details) for task in self.tasks]
         return data
 

@@ -210,6 +210,10 @@ def test_kser_dev_runs_everything_reloads_and_ends_as_one(tmp_path):
         wait_for(lambda: result_of(api, again) == ["second", "second"], what="the operation with the new code")
         started = children_of(child.pid)
         assert len(started) >= 3  # broker, worker, API
+        listing = ["ps", "-ww", "-o", "args=", "-p", ",".join(map(str, started))]
+        shown = subprocess.run(listing, capture_output=True, text=True, check=True)
+        assert "kser web" in shown.stdout
+        assert "sqlite:" not in shown.stdout  # a URL may have a password
         child.send_signal(signal.SIGINT)
         assert child.wait(30) == 0
         wait_for(lambda: not any(map(alive, started)), what="all of it to end")

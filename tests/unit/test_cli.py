@@ -26,6 +26,7 @@ from kser.cli.connection import Drivers, parse_topic
 from kser.cli.demo_table import TableView
 from kser.cli.demo_view import DemoView
 from kser.cli.dice import DiceLaunch, DiceRoll
+from kser.cli.logs import configure
 from kser.cli.main import cli
 from kser.errors import TransportError, ValidationError
 from kser.events import Event, EventType, OperationView, events_topic
@@ -490,6 +491,18 @@ def test_the_log_level_is_the_nearest_that_was_said(run, app, args, env, level):
     assert result.exit_code == 0
     assert logging.getLogger().level == level
     assert ("Operation registry: loaded" in result.stderr) == (level <= logging.INFO)
+
+
+def test_what_looks_secret_is_masked_in_what_is_logged_and_in_the_traceback_below_it(capsys):
+    configure("info")
+    try:
+        raise ValueError("refused: {'db_password': 'hunter2'}")
+    except ValueError:
+        logging.getLogger("shop").exception("no luck with %s", "postgresql://ann:hunter2@host/db")
+    told = capsys.readouterr().err
+    assert "hunter2" not in told
+    assert "no luck with postgresql://ann:********@host/db" in told
+    assert "ValueError: refused: {'db_password': ********}" in told
 
 
 # -- loading ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The commands of the storage, in this process; the broker is in memory. J-23."""
 
 import json
+import sys
 import threading
 from datetime import UTC, datetime, timedelta
 
@@ -80,17 +81,23 @@ def test_tables_are_installed_upgraded_and_dropped(run, url):
         (["install", "--storage", "x://u:secret@h"], "x://u:********@h"),
         (["prune", "--storage", "memory:"], "Say which log records"),
         (["prune", "--storage", "memory:", "--max-age", "1y"], "'1y': write seconds, or a number with s, m, h, d or w"),
-        (["prune", "--storage", "sqlite:///empty.db", "--all"], "kser install --storage URL"),
+        (["prune", "--storage", "sqlite:///empty.db", "--all"], "There is no storage empty.db"),
+        (["operations", "list", "--storage", "sqlite:///empty.db"], "make it with kser install --storage"),
+        (["logs", "x", "--storage", "sqlite:///other.db"], "kser install --storage URL"),
+        (["operations", "list", "--storage", "memory:", "--limit", str(1 << 70)], "of 63 bits at most"),
+        (["prune", "--storage", "memory:", "--build", str(1 << 70)], "A number is too large for storage memory:"),
         (["recorder", "--storage", f"{__name__}:Builds+x:", *SERVERS], "Builds keeps builds only"),
     ],
 )
 def test_misuse_is_told_in_one_line_that_says_what_to_do(run, args, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.db").touch()
     done = run(*args)
     assert done.exit_code == 2
     (line,) = done.stderr.splitlines()
     assert said in line
     assert "secret" not in line
+    assert not (tmp_path / "empty.db").exists()
 
 
 def test_a_database_that_is_away_is_a_failure_in_one_line(run):
@@ -104,6 +111,17 @@ def test_the_variable_names_the_storage(run, url):
     assert run("install", env={"KSER_STORAGE": url}).exit_code == 0
 
 
+def test_a_storage_of_ones_own_is_found_in_the_directory_of_now(run, tmp_path, monkeypatch):
+    (tmp_path / "kser_own_storage.py").write_text(
+        "from kser.storage.memory import MemoryStorage\n\n\nclass Own(MemoryStorage):\n"
+        "    @classmethod\n    def from_url(cls, url):\n        return cls('memory:')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    done = run("operations", "list", "--storage", "kser_own_storage:Own+x:")
+    assert (done.exit_code, done.stderr) == (0, "")
+
+
 def test_log_records_are_pruned_by_age_level_job_and_build(run, url, storage):
     one, other = storage.create_build("one", {}, {}), storage.create_build("other", {}, {})
     old = datetime.now(UTC) - timedelta(days=2)
@@ -115,7 +133,7 @@ def test_log_records_are_pruned_by_age_level_job_and_build(run, url, storage):
         done = run("prune", "--storage", url, "--format", "json", *args)
         return json.loads(done.output)["deleted"]
 
-    assert prune("--max-age", "3d") == 0
+    assert prune("--max-age", "3d") == prune("--max-age", "9" * 30 + "w") == 0
     assert prune("--max-age", "1.5d", "--job", "one", "--level", "debug") == 1
     assert prune("--build", other, "--level", "WARNING") == 1
     assert run("prune", "--storage", url, "--all").output == "2 log record(s) deleted\n"

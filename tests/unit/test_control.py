@@ -933,6 +933,15 @@ def test_a_uuid_may_be_shortened_to_what_a_list_shows(run, transport, tell):
     assert [decode(record).entry.uuid for record in transport.records(TOPIC)] == [ONE]
 
 
+def test_what_no_uuid_begins_with_is_not_aborted_by_that_name(run, transport, tell):
+    tell(started(ONE), started("deadbeef"))
+    result = run("abort", "3f2a1c9f")
+    assert (result.exit_code, transport.records(TOPIC)) == (1, [])
+    assert "Nothing that begins with 3f2a1c9f is told of: give the whole uuid to abort it" in result.stderr
+    assert run("abort", "deadbeef").exit_code == 0  # it is called just that
+    assert [decode(record).entry.uuid for record in transport.records(TOPIC)] == ["deadbeef"]
+
+
 def test_what_several_uuids_begin_with_is_refused_with_all_of_them(run, transport, tell):
     tell(started(ONE), started(TWO))
     result = run("abort", ONE[:9])

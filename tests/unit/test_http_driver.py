@@ -236,10 +236,16 @@ def registry():
     return registry
 
 
+@pytest.mark.parametrize("options", [{"port": "five"}, {"threads": []}])
+def test_an_option_that_is_no_number_is_told(options):
+    with pytest.raises(ConfigurationError, match=r"(port='five'|threads=\[\]): give a whole number"):
+        Consumer(options, ["dice"])
+
+
 @contextlib.contextmanager
 def running(registry, **config):
     consumer = Consumer({"port": 0, **config}, ["dice"])
-    consumer.REGISTRY = registry.controller
+    consumer.REGISTRY = registry
     thread = threading.Thread(target=consumer.run)
     thread.start()
     try:
@@ -256,6 +262,17 @@ def test_k98_from_producer_to_consumer_without_a_broker(registry):
         failed = producer.send("dice", Message(U, Roll.path, {"retcode": 9}))
     assert Roll.rolled == [{"eyes": 6}, {"retcode": 9}]
     assert (ran.retcode, failed.retcode) == (0, 0)  # taken and run, whatever came of it
+
+
+def test_a_registry_runs_messages_and_so_does_its_controller(registry):
+    consumer = Consumer({"token": "t"}, ["dice"])
+    consumer.REGISTRY = registry.controller
+    app = Flask(__name__)
+    app.register_blueprint(consumer.blueprint())
+    body = {"messages": [{"topic": "dice", "message": {"entrypoint": Roll.path, "params": {"eyes": 1}}}]}
+    answer = app.test_client().post("/api/1/messages", json=body, headers={"Authorization": "Bearer t"})
+    assert [result["retcode"] for result in answer.json["results"]] == [0]
+    assert Roll.rolled == [{"eyes": 1}]
 
 
 def test_an_operation_is_run_as_a_whole_and_a_step_of_one_is_refused(registry):

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kser import Operation, OperationRegistry, Task
+from kser import Operation, OperationRegistry, Result, Task
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
 from kser.cli.operations.live import LiveOperation
@@ -21,6 +21,7 @@ from kser.events import Event
 from kser.masking import MASK
 from kser.producer import BaseProducer
 from kser.storage import get_storage_from_url
+from kser.storage.history import History
 from kser.storage.projection import Projection
 from kser.testing import eventually
 from kser.transport import OutRecord, Partition, TopicSpec
@@ -113,6 +114,15 @@ def test_operations_are_listed_newest_first_with_what_became_of_them(run, storag
     assert lines[-1] == "3 in all"
 
 
+def test_what_began_in_another_year_is_shown_with_it(run, storage):
+    tape = Tape()
+    for uuid, year in (("then-0000", 2001), ("now-00000", datetime.now().astimezone().year)):
+        began = int(datetime(year, 6, 15, 12, tzinfo=UTC).timestamp() * 1000)
+        tape.event("step.done", uuid, status="SUCCESS", result=result(uuid), began=began, at=began)
+    record(storage, tape)
+    assert [line.split()[0] for line in run("operations", "list").output.splitlines()[1:3]] == ["06-15", "2001-06-15"]
+
+
 def test_programs_get_a_list_of_objects(run, storage):
     three(storage)
     found = json.loads(run("operations", "list", "--format", "json").output)
@@ -120,8 +130,20 @@ def test_programs_get_a_list_of_objects(run, storage):
     good = found[2]
     assert {"uuid", "entrypoint", "status", "started", "ended", "duration_s", "error"} <= good.keys()
     assert (good["entrypoint"], good["status"], good["error"]) == ("shop.Order", "SUCCESS", None)
+    listed = storage.history.list_operations(kind="operation")[0]
+    assert "tasks" not in listed.to_json()  # they were not read: none is not what there is
     ended = datetime.fromisoformat(good["ended"])
     assert good["duration_s"] == (ended - datetime.fromisoformat(good["started"])).total_seconds()
+
+
+def test_what_orjson_refuses_is_printed_as_json_all_the_same(run, storage):
+    tape = Tape()
+    given = {"text": "\ud800", "large": 1 << 80, "wrong": float("nan")}
+    tape.event("step.done", "odd-00000", status="SUCCESS", result=Result(uuid="odd-00000", retval=given))
+    record(storage, tape)
+    done = run("operations", "show", "odd-00000", "--format", "json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["result"]["retval"] == given | {"wrong": None}
 
 
 @pytest.mark.parametrize(
@@ -325,9 +347,18 @@ def test_logs_are_shown_from_a_level_on(run, storage):
 def test_logs_are_followed_until_it_has_ended(run, storage, monkeypatch):
     monkeypatch.setattr("kser.cli.task_logs._POLL_S", 0.01)
     monkeypatch.setattr("kser.cli.task_logs._AFTER_S", 0.05)
-    found = []
+    found, asked, real = [], threading.Event(), History.get_operation
+
+    def get_operation(self, uuid):
+        try:
+            return real(self, uuid)
+        finally:
+            asked.set()
+
+    monkeypatch.setattr(History, "get_operation", get_operation)
     follower = threading.Thread(target=lambda: found.append(run("logs", "lone-0000", "--follow")))
-    follower.start()  # before anything is told of it
+    follower.start()
+    assert asked.wait(20)  # before anything is told of it
     tape = Tape()
     tape.telemetry("task.log", "lone-0000", n=1, level=20, message="first", logger="l")
     record(storage, tape)
@@ -336,7 +367,8 @@ def test_logs_are_followed_until_it_has_ended(run, storage, monkeypatch):
     record(storage, tape)
     follower.join(20)
     assert not follower.is_alive()
-    assert [line.split()[-1] for line in found[0].output.splitlines()] == ["first", "second"]
+    assert [line.split()[-1] for line in found[0].stdout.splitlines()] == ["first", "second"]
+    assert found[0].stderr == "kser: Nothing is known of lone-0000 yet: it is waited for\n"
 
 
 # -- watch -------------------------------------------------------------------------------------------------------------
@@ -391,6 +423,15 @@ def test_one_that_has_ended_is_shown_at_once_and_how_it_ended_is_the_exit_code(r
     assert done.stderr == f"kser: error: shop.Order[{uuid}] FAILED in shop.Task[s1]: no luck\n"
     kinds = {json.loads(line)["type"] for line in done.stdout.splitlines()}
     assert {"operation.started", "task.progress", "step.failed", "operation.ended"} <= kinds
+
+
+def test_programs_get_the_records_with_what_looks_secret_masked(run, broker):
+    tape = Tape()
+    tape.event("step.done", "lone", status="SUCCESS", result=Result(uuid="lone", retval={"token": SECRET}))
+    tell(broker, tape)
+    done = run("operations", "watch", "lone", *SERVERS, "--format", "json")
+    assert done.exit_code == 0
+    assert json.loads(done.stdout)["result"]["retval"] == {"token": MASK}
 
 
 @pytest.mark.parametrize(

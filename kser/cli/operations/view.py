@@ -83,8 +83,10 @@ def _line(row: Sequence[str], widths: Sequence[int], width: int | None) -> str:
 
 
 def _cells(execution: "Execution") -> list[str]:
+    began = (execution.started or execution.created).astimezone()
+    day = "%m-%d" if began.year == datetime.now().astimezone().year else "%Y-%m-%d"
     return [
-        f"{(execution.started or execution.created).astimezone():%m-%d %H:%M:%S}",
+        f"{began:{day} %H:%M:%S}",
         duration(execution.duration_s) or "-",
         execution.status,
         called(execution),

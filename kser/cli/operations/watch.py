@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, Protocol
 
 import click
@@ -12,11 +12,14 @@ from kser.cli.errors import CommandFailed
 from kser.cli.operations.live import LiveOperation
 from kser.cli.operations.view import called
 from kser.cli.options import example, format_option, group_option, kafka_options, log_level_option, option
+from kser.cli.output import write_json
 from kser.cli.terminal import one_line
 from kser.cli.watch import Deadline, said, styled_terminal
 from kser.control import complete_uuid, find_operation, is_begin
 from kser.errors import ValidationError
 from kser.events import Event
+from kser.masking import mask
+from kser.schemas import parse
 from kser.status import Status
 from kser.telemetry import TaskLog, TaskProgress
 from kser.telemetry import loads as load_telemetry
@@ -146,12 +149,13 @@ class _LineView:
 
 
 class _JsonView(_LineView):
-    """Each record as it was told, on a line of its own."""
+    """Each record as it was told, with what looks secret masked, on a line of its own."""
 
     def update(self, _live: LiveOperation, records: list[Record], /) -> None:
         """See _View."""
         for record in records:
-            click.echo(record.value)
+            with suppress(ValidationError):
+                write_json(mask(parse(record.value or b"")))
 
 
 def _line(record: Record) -> str:
