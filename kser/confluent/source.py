@@ -53,6 +53,9 @@ _LEAVE_S: Final = 5.0
 _METADATA_MARK: Final = b"CGMDv2:"
 _GENERATION: Final = struct.Struct("=i")
 
+#: Record(...), at half the cost: there is one for each message.
+_new_record: Any = tuple.__new__
+
 _Callback = Callable[[Consumer, list[TopicPartition]], None]
 
 
@@ -340,21 +343,29 @@ class ConfluentSource:
         """The messages that are news, as records; takes note of errors among them."""
         records: list[Record] = []
         reached: dict[tuple[str, int], int] = {}
-        add = records.append
+        add, new = records.append, _new_record
+        topic, partition, lowest = "", -1, -1  # of the message before: they come by partition
         for m in messages:
             if (error := m.error()) is not None:
                 self._on_message_error(m, error)
                 continue
-            topic, partition, offset = m.topic() or "", message_partition(m), m.offset() or 0
-            key = (topic, partition)
-            lowest = reached.get(key)
-            if lowest is None and (lowest := self._next.get(key)) is None:
-                continue  # of a partition that went while the batch was collected
+            offset: int = m.offset()  # type: ignore[assignment]  # a message without an error has all of these
+            if m.partition() != partition or m.topic() != topic:
+                if partition >= 0:
+                    reached[topic, partition] = lowest
+                topic, partition = m.topic() or "", message_partition(m)
+                found = reached.get((topic, partition))
+                if found is None and (found := self._next.get((topic, partition))) is None:
+                    topic, partition = "", -1  # of a partition that went while the batch was collected
+                    continue
+                lowest = found
             if offset < lowest:
-                self._again(key, offset, lowest)
+                self._again((topic, partition), offset, lowest)
                 continue
-            reached[key] = offset + 1
-            add(Record(topic, partition, offset, m.key(), m.value(), m.headers() or (), m.timestamp()[1]))  # type: ignore[arg-type]
+            lowest = offset + 1
+            add(new(Record, (topic, partition, offset, m.key(), m.value(), m.headers() or (), m.timestamp()[1])))
+        if partition >= 0:
+            reached[topic, partition] = lowest
         self._next.update(reached)
         return records
 

@@ -83,6 +83,8 @@ _MUCH: Final = METADATA_BYTES // 2
 #: when and why it waited for somebody who can do that.
 _WON: Final = frozenset({headers.CLAIM})
 _NOT_ALONG: Final = _WON | {headers.WAITING, headers.REASON}
+#: The headers of a record that has none, by name.
+_UNNAMED: Final[Mapping[str, bytes | None]] = {}
 #: What is left as it is, for the next owner: its partition went while it ran, or it broke the worker.
 _LEFT: Final = frozenset({"aborted", "broken"})
 #: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
@@ -435,11 +437,17 @@ class Loop:
         parts, size = self.parts, 0
         fresh: dict[PartitionState, Position] = {}
         early: dict[PartitionState, int] = {}
+        topic, partition, state = "", -1, None  # of the record before: they come by partition
         for record in records:
-            state = parts.get((record.topic, record.partition))  # type: ignore[call-overload]
-            if state is None or state.closed or (early and state in early):
+            if record.partition != partition or record.topic != topic:
+                topic, partition = record.topic, record.partition
+                state = parts.get((topic, partition))  # type: ignore[call-overload]
+                if state is not None and state.closed:
+                    state = None
+            if state is None or (early and state in early):
                 continue
-            key = record.header(headers.CLAIM) if record.headers else None
+            named = dict(record.headers) if record.headers else _UNNAMED
+            key = named.get(headers.CLAIM)
             if key and state.of not in self.loader.loaded:
                 early[state] = record.offset
                 continue
@@ -457,7 +465,7 @@ class Loop:
             if state.crashes:
                 crashes = state.crashes_of(record.offset)
                 item.suspect, item.deadly = crashes >= SUSPECT_AFTER, crashes > SUSPECT_AFTER
-            if record.headers and record.header(headers.SUSPECT) is not None:
+            if named.get(headers.SUSPECT) is not None:
                 item.suspect = True
             if item.suspect:
                 self.stats["suspects"] += 1
@@ -726,6 +734,13 @@ class Loop:
             record, state, outcome = item.record, item.state, item.outcome
             if record.value is not None:
                 size += len(record.value)
+            if outcome is not None and outcome.kind == "done" and item.claim is None and not state.gone:
+                done += 1  # as nearly all are
+                if item.last:
+                    freed.append(item)
+                state.finished(record.offset)
+                pending.append(item)
+                continue
             if outcome is not None and outcome.kind == "broken":
                 self._broken()
             if outcome is None or state.gone or outcome.kind in _LEFT:

@@ -282,8 +282,16 @@ class AtLeastOnce(Settler):
         verdict = Verdict(self, batch)
         again: set[int] = set()
         refused: dict[int, Error] = {}
-        for round_ in _rounds(batch.items):
-            self._deliver([(n, r) for n, r in round_ if n not in again and n not in refused], batch, again, refused)
+        items = batch.items
+        if any(item.outcome.ahead for item in items):
+            for round_ in _rounds(items):
+                left = [numbered for numbered in round_ if numbered[0] not in again and numbered[0] not in refused]
+                self._deliver(left, batch, again, refused)
+        else:  # as it nearly always is: whose a record is matters when one of them fails
+            records = [record for item in items for record in item.outcome.records]
+            if records and (failures := self._sinks[0].deliver(records, _DELIVERY_S)):
+                numbered = [(n, record) for n, item in enumerate(items) for record in item.outcome.records]
+                self._note(failures, numbered, batch, again, refused)
         if not again and not refused:
             verdict.settled = batch.items
             return verdict
@@ -303,8 +311,18 @@ class AtLeastOnce(Settler):
         if not numbered:
             return
         failures = self._sinks[0].deliver([record for _, record in numbered], _DELIVERY_S)
-        if not failures:
-            return
+        if failures:
+            self._note(failures, numbered, batch, again, refused)
+
+    def _note(
+        self,
+        failures: Sequence[tuple[int, Error]],
+        numbered: list[tuple[int, OutRecord]],
+        batch: Batch,
+        again: set[int],
+        refused: dict[int, Error],
+    ) -> None:
+        """Note whose records were not confirmed: ``again`` or, for good, ``refused``, by the numbers of the items."""
         open_: dict[int, set[int]] = {}
         for index, error in failures:
             n, record = numbered[index]
@@ -328,8 +346,6 @@ def _rounds(items: Sequence[Item]) -> list[list[tuple[int, OutRecord]]]:
     What a task itself sent is confirmed before what follows from it: is it refused, the task fails, and its operation
     must not have gone on. What follows from later records of the same key waits as well, so their order holds.
     """
-    if not any(item.outcome.ahead for item in items):
-        return [[(n, record) for n, item in enumerate(items) for record in item.outcome.records]]
     rounds: list[list[tuple[int, OutRecord]]] = [[]]
     lanes: dict[tuple[int, bytes | None], int] = {}
     for n, item in enumerate(items):
