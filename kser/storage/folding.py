@@ -120,7 +120,7 @@ def begin_and_end(root: dict[str, Any], steps: Sequence[dict[str, Any]], *, told
         root["start_time"], root["created"] = began, min(root["created"], began)
     if root["status"] == _PENDING and not told_of_itself and any(step["started"] for step in own):
         root["status"], root["note"] = _RUNNING, None
-    if not root["entrypoint"]:  # only its steps tell of it: its run is not known
+    if not root["job_id"]:  # only its steps tell of it: its run is not known
         return
     for step in steps:
         if not step["finished"] and (root["run"] > step["run"] or (root["run"] == step["run"] and root["finished"])):

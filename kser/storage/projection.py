@@ -25,7 +25,7 @@ from kser.storage.bulk import BulkInsert, BulkUpdate, among
 from kser.storage.database import Database, insert, number_in_order
 from kser.storage.folding import ENDED_WITH_OPERATION, FOLDED, begin_and_end, fold
 from kser.storage.history import worker_state
-from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, of_root, parse, stored
+from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, name_of_root, of_root, parse, stored
 from kser.storage.schema import Tables
 from kser.storage.values import dump_any_json, from_ms, now
 from kser.transport import Partition, Record
@@ -306,7 +306,7 @@ class Projection:
             "uuid": uuid,
             "kind": "task" if own else "operation",
             "job_id": told.entrypoint if own else "",
-            "entrypoint": told.entrypoint if own else "",
+            "entrypoint": told.entrypoint if own else name_of_root(told),
             "root": told.root,
             "parent": told.parent if own else None,
             "is_top": told.root is None or told.root == uuid,
@@ -422,8 +422,8 @@ class Projection:
         build = self._tables.build
         root = aliased(build)
         newer = or_(root.c.run > build.c.run, and_(root.c.run == build.c.run, root.c.finished))
-        # Of an operation that only its steps tell of the run is not known.
-        over = exists().where(root.c.uuid == build.c.root, root.c.entrypoint != "", newer)
+        # Of an operation that only its steps tell of the run is not known, and it is not listed as a job.
+        over = exists().where(root.c.uuid == build.c.root, root.c.job_id != "", newer)
         here = and_(~build.c.finished, build.c.root.is_not(None), build.c.root != build.c.uuid, over)
         if roots is not None:
             here = and_(among(connection, build.c.root, roots), here)

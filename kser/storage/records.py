@@ -14,7 +14,7 @@ from kser.errors import ValidationError
 from kser.storage.values import clean_text, dump_any_json
 from kser.transport import Record
 
-__all__ = ["RUN_SENT", "LogTold", "ProgressTold", "Told", "WorkerTold", "of_root", "parse", "stored"]
+__all__ = ["RUN_SENT", "LogTold", "ProgressTold", "Told", "WorkerTold", "name_of_root", "of_root", "parse", "stored"]
 
 #: Version of the format that is read.
 _VERSION = 1
@@ -125,6 +125,12 @@ def of_root(told: Told) -> Told | None:
     if told.type != RUN_SENT or told.root is None or told.root == told.uuid:
         return None
     return told._replace(uuid=told.root, entrypoint="", parent=None, position=0)
+
+
+def name_of_root(told: Told) -> str:
+    """The name in messages of the operation around what is told of; "" when that is not told."""
+    name = told.data.get("operation_entrypoint")
+    return _often(name) if isinstance(name, str) else ""
 
 
 def _read(raw: bytes) -> tuple[Any, str]:

@@ -57,6 +57,19 @@ def test_an_operation_and_its_steps_are_a_tree_in_the_order_of_their_positions(s
     assert differences(storage, read(tape.records)) == []
 
 
+def test_an_operation_whose_first_task_runs_has_its_name_before_an_event_tells_it(storage):
+    tape = Tape()
+    said = {"operation": "op", "parent": "op"}
+    tape.telemetry("task.started", "op/0", operation_entrypoint="shop.Order", **said)
+    record(storage, tape)
+    (found,) = storage.history.list_operations(entrypoint="Order")
+    assert (found.uuid, found.entrypoint, found.status) == ("op", "shop.Order", "RUNNING")
+    tape.operation("op", 1)
+    record(storage, tape)
+    assert storage.history.get_operation("op").status == "SUCCESS"
+    assert differences(storage, read(tape.records)) == []
+
+
 def test_a_nested_operation_is_a_branch_of_the_tree(storage):
     tape = Tape()
     said = {"operation": "op", "run": 1}
