@@ -96,7 +96,7 @@ class LiveOperation:
         return [record for reader in self._readers for record in self._take(reader.poll(timeout_s))]
 
     def look(self) -> bool:
-        """Whether it turned out that a task of it does not run any more: its worker is gone. Looks now and then only."""
+        """Whether it turned out that a task of it does not run any more: its worker is gone. Looks now and then."""
         now = time.monotonic()
         if now - self._looked_at_workers < _LOOK_S:
             return False
