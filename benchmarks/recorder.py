@@ -1,68 +1,169 @@
 """Events a second that a recorder stores, on sqlite and on PostgreSQL, beside what one worker tells at full speed.
 
-``recorder.py [OPERATIONS]`` (default 4000): histories of operations of three tasks, without a broker.
-PostgreSQL is one of the tests' own and commits to disk here, as a real one does. A worker tells one event for each
-task (benchmarks/produce_to_done.py says how many those are a second), and telemetry only of those over 0.1 s.
+First without a broker, from memory: no-op tasks that belong to no operation (one event each), operations of three
+tasks (five events), and the same with each event of an operation in another batch. Then as it is: one worker runs
+no-op tasks on a broker at full speed with the default events, and when it has ended a recorder reads them from there.
+PostgreSQL is one of the tests' own and commits to disk here, as a real one does. Telemetry has only tasks over 0.1 s.
 """
 
 import argparse
+import contextlib
+import gc
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
 from pathlib import Path
 
-from common import ROOT, show
+from common import HERE, ROOT, broker, make_topic, show
+from confluent_kafka import Producer
+from produce_to_done import envelope
 
+from kser.confluent.transport import ConfluentTransport
 from kser.storage import get_storage_from_url
 from kser.storage.projection import Projection
+from kser.storage.recorder import BATCH, Recorder
 
 sys.path.insert(0, str(ROOT))
 from tests import postgresql
-from tests.recording import Tape
+from tests.recording import Tape, result
 
-BATCH = 2000
+#: Longest time that a recorder may take.
+_LIMIT_S = 60
 
 
-def history(operations):
-    """Events alone, as short tasks tell them: started, three steps, ended."""
-    tape = Tape()
-    for number in range(operations):
-        tape.operation(f"operation-{number:08d}", 3)
+def only_events(tape):
     tape.records = [record for record in tape.records if record.topic.endswith(".events")]
     return tape
 
 
-def measure(url, tape):
+def lone(count):
+    tape = Tape()
+    for _ in range(count):
+        name = str(uuid.uuid4())
+        tape.event("step.done", name, status="SUCCESS", result=result(name), began=tape.now_ms)
+    return tape
+
+
+def operations(count):
+    """Events alone, as short tasks tell them: started, three steps, ended."""
+    tape = Tape()
+    for _ in range(count // 5):
+        tape.operation(str(uuid.uuid4()), 3)
+    return only_events(tape)
+
+
+def spread(count):
+    """Operations that go on side by side, each event of one in another batch than the one before."""
+    tape = operations(count)
+    turns = [tape.records[at::5] for at in range(5)]
+    size = BATCH // 5
+    tape.records = []
+    for at in range(0, count // 5 + 4 * size, size):  # the first event of some, with the second of those before
+        for turn, records in enumerate(turns):
+            tape.records += records[max(at - turn * size, 0) : max(at - turn * size + size, 0)]
+    return tape
+
+
+def in_memory(url, tape):
     storage = get_storage_from_url(url)
     storage.install()
     projection = Projection(storage.database, "c", "shop")
     projection.positions(tape.partitions)
+    # As a broker gives them: each partition's in the order of their offsets.
+    records = [record._replace(offset=number) for number, record in enumerate(tape.records)]
+    gc.collect()
+    gc.freeze()  # the records: a recorder does not have those of all time
     began = time.perf_counter()
-    for at in range(0, len(tape.records), BATCH):
-        projection.apply(tape.records[at : at + BATCH])
+    for at in range(0, len(records), BATCH):
+        projection.apply(records[at : at + BATCH])
     seconds = time.perf_counter() - began
-    assert storage.history.count_operations(states=["SUCCESS"]) == len(tape.records) // 5
+    assert storage.history.count_operations() == storage.history.count_operations(states=["SUCCESS"]) > 0
     storage.uninstall()
     storage.close()
-    return len(tape.records) / seconds
+    return len(records) / seconds
 
 
-def main(operations):
-    tape = history(operations)
-    measure("memory:", history(200))  # imports and caches
-    with tempfile.TemporaryDirectory() as folder:
-        sqlite = measure(f"sqlite:///{Path(folder) / 'kser.db'}", tape)
-    show("recorder, sqlite", sqlite, "events/s")
-    if reason := postgresql.unavailable():
-        print(f"recorder, PostgreSQL: left out, {reason}")
-        return
-    postgresql.SETTINGS.update({"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"})
-    with postgresql.PostgreSQL() as server:
-        other = measure(server.url("bench_"), tape)
-    show("recorder, PostgreSQL", other, "events/s", f"{other / sqlite:.2f} of sqlite")
+def worker(bootstrap, topic, group, count):
+    """Tasks a second of a worker at full speed; when this returns all of its events are in their topic."""
+    producer = Producer({"bootstrap.servers": bootstrap, "linger.ms": 5})
+    for i in range(count):
+        producer.produce(topic, envelope(i, count), partition=0)
+        if i % 500 == 0:
+            producer.poll(0)
+    assert producer.flush(60) == 0
+    command = [sys.executable, str(HERE / "peers" / "ours.py"), bootstrap, topic, group, "all"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        times = [int(process.stdout.readline().split()[1]) for _ in range(2)]
+        time.sleep(2)  # for those beside the last one, and for the last transactions
+        return (count - 1) / (times[1] - times[0]) * 1e9
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def from_broker(bootstrap, group, url, count):
+    """Events a second of Recorder.run(), from when it has stored its first batch."""
+    storage = get_storage_from_url(url)
+    storage.install()
+    recorder = Recorder(ConfluentTransport({"bootstrap.servers": bootstrap}), storage, group=group)
+    thread = threading.Thread(target=recorder.run)
+    thread.start()
+    try:
+        limit = time.monotonic() + _LIMIT_S
+        while not (first := recorder.recorded) and time.monotonic() < limit:
+            time.sleep(0.001)
+        began = time.perf_counter()
+        while recorder.recorded < count and time.monotonic() < limit:
+            time.sleep(0.002)
+        seconds = time.perf_counter() - began
+    finally:
+        recorder.stop()
+        thread.join(30)
+    assert storage.history.count_operations(states=["SUCCESS"]) == count, f"{recorder.recorded} recorded"
+    storage.uninstall()
+    storage.close()
+    return (recorder.recorded - first) / seconds
+
+
+@contextlib.contextmanager
+def databases():
+    """Name and URL of each."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as closing:
+        urls = {"sqlite": f"sqlite:///{Path(folder) / 'kser.db'}"}
+        if reason := postgresql.unavailable():
+            print(f"PostgreSQL: left out, {reason}")
+        else:
+            postgresql.SETTINGS.update({"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"})
+            urls["PostgreSQL"] = closing.enter_context(postgresql.PostgreSQL()).url("bench_")
+        yield urls
+
+
+def main(kind, count):
+    in_memory("memory:", operations(1000))  # imports and caches
+    with databases() as urls:
+        for name, tape in {"tasks": lone(count), "operations": operations(count), "spread": spread(count)}.items():
+            for database, url in urls.items():
+                show(f"from memory, {name}, {database}", in_memory(url, tape), "events/s")
+        if kind == "none":
+            return
+        with broker(kind) as bootstrap:
+            topic, group = make_topic(bootstrap), f"bench-{uuid.uuid4().hex[:8]}"
+            rate = worker(bootstrap, topic, group, count)
+            gc.collect()
+            gc.freeze()
+            show("one worker, no-op tasks, default events", rate, "events/s")
+            for database, url in urls.items():
+                stored = from_broker(bootstrap, group, url, count)
+                show(f"one recorder, {database}", stored, "events/s", f"{stored / rate:.2f} of the worker")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("operations", type=int, nargs="?", default=4000)
-    main(parser.parse_args().operations)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--broker", default="apache", help="apache, embedded, host:port of one that runs, or none")
+    parser.add_argument("--count", type=int, default=40_000, help="events")
+    given = parser.parse_args()
+    main(given.broker, given.count)

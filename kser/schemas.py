@@ -18,7 +18,7 @@ from kser import results
 from kser.errors import ValidationError
 from kser.results import Result, ResultSchema
 
-__all__ = ["Message", "MessageSchema", "parse", "plain_bytes"]
+__all__ = ["Message", "MessageSchema", "parse", "parse_plain", "plain_bytes"]
 
 # A whole number of 19 digits or more may not fit into 64 bits: orjson would read it as a float. Found by turning every
 # digit into a zero first, which is ten times faster than a regular expression.
@@ -233,15 +233,20 @@ def parse(json_data: str | bytes) -> Any:
     if not isinstance(json_data, (str, bytes, bytearray, memoryview)):
         raise ValidationError("Failed to load message", extra={"_schema": [f"Not text: {type(json_data).__name__}"]})
     try:
-        raw = json_data.encode() if isinstance(json_data, str) else bytes(json_data)
-        if _BIG_NUMBER not in raw.translate(_DIGITS):
-            return orjson.loads(raw)
+        return parse_plain(json_data.encode() if isinstance(json_data, str) else bytes(json_data))
     except (ValueError, TypeError):
         pass  # the standard library reads more (NaN, lone surrogates, deeper nesting) and has the last word
     try:
         return json.loads(json_data if isinstance(json_data, (str, bytes, bytearray)) else bytes(json_data))
     except (ValueError, TypeError, RecursionError) as exc:
         raise ValidationError("Failed to load message", extra={"_schema": [f"Not a JSON object: {exc}"]}) from None
+
+
+def parse_plain(raw: bytes) -> Any:
+    """What parse() gives for most of what it reads, in UTF-8; ValueError for the rest, and for what is no JSON."""
+    if _BIG_NUMBER in raw.translate(_DIGITS):
+        raise ValueError("a number may be too large")
+    return orjson.loads(raw)
 
 
 def _load_result(uuid: str, fields: dict[str, Any]) -> Result:

@@ -60,8 +60,9 @@ class Subject:
     uuid: str
     #: Its name in messages.
     entrypoint: str
-    #: uuid of the root operation; None for a lone task.
+    #: uuid of the root operation; None for a lone task. And its name in messages: an event tells it when the task ends.
     operation: str | None = None
+    operation_entrypoint: str = ""
     #: uuid of the operation around it.
     parent: str | None = None
     run: int = 1

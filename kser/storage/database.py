@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, func, make_url, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -17,7 +17,7 @@ from kser.errors import ConfigurationError, Error, StorageError, ValidationError
 from kser.storage.schema import DEFAULT_PREFIX, Tables, check_prefix
 from kser.storage.urls import safe_url
 
-__all__ = ["Database", "chunks", "insert"]
+__all__ = ["Database", "chunks", "insert", "number_in_order"]
 
 #: Seconds to wait for a connection, a lock, an answer.
 _CONNECT_S = 10
@@ -114,6 +114,16 @@ def insert(connection: Connection, table: Table) -> Any:
     return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
 
 
+def number_in_order(connection: Connection, table: Table) -> None:
+    """From here to the end of the transaction nobody else who calls this adds rows to ``table``.
+
+    So who reads it by growing numbers misses none: PostgreSQL gives a number when a row is made, and another row with a
+    larger one may be committed before. Lock all else first: the others wait here with what they have locked.
+    """
+    if connection.dialect.name == "postgresql":  # sqlite has one writer anyhow
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtext(table.name))))
+
+
 def _parse(url: str) -> tuple[URL, str]:
     """The URL without what is ours, and the prefix of the tables."""
     if url.partition(":")[0].lower() == "memory":
@@ -158,7 +168,11 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def prepare(raw: Any, _record: object) -> None:
         raw.isolation_level = None  # the module would begin transactions by itself, too late
-        for pragma in ("foreign_keys=ON", "journal_mode=WAL", "synchronous=NORMAL"):
+        # Batches of the recorder change more pages than fit into the usual cache of 2 MB, and fill a usual log of 4 MB.
+        for pragma in (
+            *("foreign_keys=ON", "journal_mode=WAL", "synchronous=NORMAL"),
+            *("cache_size=-32768", "wal_autocheckpoint=10000"),
+        ):
             raw.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
@@ -178,7 +192,9 @@ def _postgresql(url: URL) -> Engine:
         "connect_timeout": _CONNECT_S,
         "application_name": "kser",
         # Every wait has an end, that for a dead server too.
-        "options": f"-c statement_timeout={_STATEMENT_S}s -c lock_timeout={_LOCK_S}s -c timezone=UTC",
+        # Tables grow while a plan that was made for a small one lives on: plan each time.
+        "options": f"-c statement_timeout={_STATEMENT_S}s -c lock_timeout={_LOCK_S}s -c timezone=UTC "
+        "-c plan_cache_mode=force_custom_plan",
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,

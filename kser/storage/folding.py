@@ -12,19 +12,32 @@ from typing import Any
 
 from kser.status import Status
 from kser.storage.records import Told
-from kser.storage.values import from_ms, one_line
+from kser.storage.values import clean_text, from_ms, one_line
 
-__all__ = ["FOLDED", "fold"]
+__all__ = ["ENDED_WITH_OPERATION", "FOLDED", "begin_and_end", "fold"]
 
+_FINAL = {str(status): status for status in Status if status.final}
+_OUTCOME = ("retcode", "stdout", "stderr", "retval", "error", "exception", "exception_tb")
 #: The columns that events decide.
 FOLDED = (
     *("kind", "entrypoint", "root", "parent", "is_top", "run", "position", "attempt", "status", "created"),
     *("start_time", "end_time", "started", "finished", "success", "skipped", "params", "worker", "note"),
-    *("retcode", "stdout", "stderr", "retval", "error", "exception", "exception_tb"),
+    *_OUTCOME,
 )
+_PENDING, _RUNNING = str(Status.PENDING), str(Status.RUNNING)
+#: What becomes of a step that went on when its operation ended.
+ENDED_WITH_OPERATION = {
+    "status": str(Status.ABORTED),
+    "finished": True,
+    "success": False,
+    "note": "its operation ended without it",
+}
 
+_NO_OUTCOME = dict.fromkeys(_OUTCOME)
 _EPOCH = datetime.fromtimestamp(0, UTC)
 _ENDS = frozenset({"step.done", "step.failed", "step.aborted", "operation.ended", "message.rejected"})
+_OF_OPERATIONS = frozenset({"operation.started", "operation.ended"})
+_STARTS = frozenset({"operation.started", "task.started"})
 #: Order within one attempt.
 _STEPS = {"run.sent": 0, "operation.started": 1, "message.waiting": 2, "task.started": 3, "step.retrying": 4}
 _STATUS = {
@@ -45,39 +58,79 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
     counted = [event for event in events if event.type in _ENDS or event.type in _STEPS]
     if not counted:
         return None
-    run = max(event.run for event in counted)
-    current = [event for event in counted if event.run == run]
-    last = _decisive(current)
-    ended = last.type in _ENDS
-    status = _status(last)
-    started_ms = _started_ms(counted, current, last, ended=ended)
-    result = last.data.get("result")
+    last = counted[0]
+    if len(counted) == 1:  # of most tasks there is no more than their end
+        run, position, attempt, kind = last.run, last.position, last.attempt, _kind(counted, last)
+        entrypoint, parent, params = last.entrypoint, last.parent, last.data.get("params") or None
+        started_ms = last.began_ms or (last.at_ms if last.type in _STARTS else 0)
+    else:
+        run = max(event.run for event in counted)
+        current = [event for event in counted if event.run == run]
+        last = _decisive(current)
+        position = min(event.position for event in counted)
+        attempt = max(event.attempt for event in current)
+        kind = _kind(counted, last)
+        entrypoint = last.entrypoint or _before(counted, "entrypoint") or ""
+        parent, params = last.parent or _before(counted, "parent"), _params(counted)
+        started_ms = _started_ms(counted, current, last, ended=last.type in _ENDS)
+    ended, status, data = last.type in _ENDS, _status(last), last.data
+    created_ms = last.at_ms if len(events) == 1 else min(event.at_ms for event in events)
+    start_time = from_ms(started_ms)
+    if 0 < started_ms < created_ms:
+        created_ms = started_ms
     values: dict[str, Any] = {
-        "kind": "operation" if any(event.type.startswith("operation.") for event in counted) else _kind(last),
-        "entrypoint": last.entrypoint or _before(counted, "entrypoint") or "",
+        "kind": kind,
+        "entrypoint": entrypoint,
         "root": last.root,
-        "parent": last.parent or _before(counted, "parent"),
+        "parent": parent,
         "is_top": last.root is None or last.root == last.uuid,
         "run": run,
-        "position": min(event.position for event in counted),
-        "attempt": max(last.attempt, *(event.attempt for event in current)),
-        "status": str(status),
-        "created": from_ms(min([event.at_ms for event in events] + [started_ms] * bool(started_ms))) or _EPOCH,
-        "start_time": from_ms(started_ms),
+        "position": position,
+        "attempt": attempt,
+        "status": status.value,
+        "created": (start_time if created_ms == started_ms else from_ms(created_ms)) or _EPOCH,
+        "start_time": start_time,
         "end_time": from_ms(last.at_ms) if ended else None,
-        "started": bool(started_ms) or ended or status == Status.RUNNING,
+        "started": bool(started_ms) or ended or status is Status.RUNNING,
         "finished": ended,
-        "success": status == Status.SUCCESS if ended else None,
-        "skipped": status == Status.SKIPPED if ended else None,
-        "params": _params(counted),
+        "success": status is Status.SUCCESS if ended else None,
+        "skipped": status is Status.SKIPPED if ended else None,
+        "params": params,
         "worker": last.worker or None,
-        "note": str(last.data.get("note") or "") or None,
+        "note": clean_text(str(data.get("note") or "")) or None,
     }
-    return values | _outcome(last, result if isinstance(result, dict) else None)
+    result = data.get("result")
+    values |= _outcome(last, result) if isinstance(result, dict) else _NO_OUTCOME
+    return values
 
 
-def _kind(last: Told) -> str:
-    return "operation" if last.root == last.uuid else "task"
+def begin_and_end(root: dict[str, Any], steps: Sequence[dict[str, Any]], *, told_of_itself: bool) -> None:
+    """Make true in these new rows what an operation and its steps say of each other. They are changed.
+
+    It began when the first of its steps did, and none of its steps goes on after its end.
+
+    Args:
+        root: columns of the operation.
+        steps: columns of each that is in it.
+        told_of_itself: whether there is an event of its own of this run.
+    """
+    own = [step for step in steps if step["run"] == root["run"]]
+    began = min((step["start_time"] for step in own if step["start_time"] is not None), default=None)
+    if began is not None and (root["start_time"] is None or began < root["start_time"]):
+        root["start_time"], root["created"] = began, min(root["created"], began)
+    if root["status"] == _PENDING and not told_of_itself and any(step["started"] for step in own):
+        root["status"], root["note"] = _RUNNING, None
+    if not root["job_id"]:  # only its steps tell of it: its run is not known
+        return
+    for step in steps:
+        if not step["finished"] and (root["run"] > step["run"] or (root["run"] == step["run"] and root["finished"])):
+            step |= ENDED_WITH_OPERATION
+
+
+def _kind(counted: Sequence[Told], last: Told) -> str:
+    if last.root == last.uuid or any(event.type in _OF_OPERATIONS for event in counted):
+        return "operation"
+    return "task"
 
 
 def _before(counted: Sequence[Told], field: str) -> str | None:
@@ -95,11 +148,8 @@ def _decisive(current: Sequence[Told]) -> Told:
 
 def _status(last: Told) -> Status:
     fixed = _STATUS.get(last.type)
-    if fixed is not None:
-        return fixed
-    told = str(last.data.get("status"))
     # What a newer release tells may be unknown here; that it ended is not.
-    return Status(told) if told in Status.__members__ and Status(told).final else Status.FAILED
+    return fixed or _FINAL.get(str(last.data.get("status")), Status.FAILED)
 
 
 def _started_ms(counted: Sequence[Told], current: Sequence[Told], last: Told, *, ended: bool) -> int:
@@ -124,17 +174,18 @@ def _params(counted: Sequence[Told]) -> Any:
     return max(told, key=lambda event: (event.run, event.place)).data["params"] if told else None
 
 
-def _outcome(last: Told, result: dict[str, Any] | None) -> dict[str, Any]:
+def _outcome(last: Told, result: dict[str, Any]) -> dict[str, Any]:
     """What it gave, and what went wrong."""
-    names = ("retcode", "stdout", "stderr", "retval", "error", "exception", "exception_tb")
-    values: dict[str, Any] = dict.fromkeys(names)
-    if result is None:
-        return values
     retcode = result.get("retcode")
-    values["retcode"] = retcode if isinstance(retcode, int) and abs(retcode) < 1 << 63 else 1
-    values["stdout"] = str(result.get("stdout") or "")
-    values["stderr"] = str(result.get("stderr") or "")
-    values["retval"] = result.get("retval")
+    values: dict[str, Any] = {
+        "retcode": retcode if isinstance(retcode, int) and abs(retcode) < 1 << 63 else 1,
+        "stdout": clean_text(str(result.get("stdout") or "")),
+        "stderr": clean_text(str(result.get("stderr") or "")),
+        "retval": result.get("retval"),
+        "error": None,
+        "exception": None,
+        "exception_tb": None,
+    }
     if values["retcode"] != 0:
         retval = result.get("retval")
         error = retval.get("error") if isinstance(retval, dict) else None
@@ -143,5 +194,5 @@ def _outcome(last: Told, result: dict[str, Any] | None) -> dict[str, Any]:
         values["exception"] = {name: value for name, value in error.items() if name != "stack"} or None
         values["exception_tb"] = last.data.get("trace") or stack or None
         said = one_line(values["stderr"]) or one_line(str(error.get("message") or ""))
-        values["error"] = said or f"retcode {values['retcode']}"
+        values["error"] = clean_text(said) or f"retcode {values['retcode']}"
     return values

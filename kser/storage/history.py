@@ -52,6 +52,7 @@ class History:
         until: datetime | None = None,
         text: str | None = None,
         kind: str | None = None,
+        group: str | None = None,
         limit: int = 50,
         offset: int = 0,
     ) -> list[Execution]:
@@ -64,6 +65,7 @@ class History:
             until: only what began before this time.
             text: only what has this in its uuid, name, params or error, in capitals or not.
             kind: "operation" or "task"; None: both.
+            group: only what workers of this group told of.
             limit: at most so many.
             offset: leave out so many first.
 
@@ -73,7 +75,7 @@ class History:
             if not isinstance(value, int) or not 0 <= value < 1 << 63:
                 raise ValidationError(f"{name}={value!r}: give a whole number from 0, of 63 bits at most")
         build = self._tables.build
-        query = select(build).where(*self._filters(states, entrypoint, since, until, text, kind))
+        query = select(build).where(*self._filters(states, entrypoint, since, until, text, kind, group))
         query = query.order_by(build.c.created.desc(), build.c.id.desc()).limit(limit).offset(offset)
         with self._database.read() as connection:
             return [execution(row) for row in connection.execute(query)]
@@ -87,10 +89,11 @@ class History:
         until: datetime | None = None,
         text: str | None = None,
         kind: str | None = None,
+        group: str | None = None,
     ) -> int:
         """How many list_operations() has with these filters and no limit."""
         query = select(func.count()).select_from(self._tables.build)
-        query = query.where(*self._filters(states, entrypoint, since, until, text, kind))
+        query = query.where(*self._filters(states, entrypoint, since, until, text, kind, group))
         with self._database.read() as connection:
             return int(connection.execute(query).scalar_one())
 
@@ -145,7 +148,7 @@ class History:
 
         Args:
             uuid: of the operation or task.
-            after: only those stored after the one with this ``id``: how to follow.
+            after: only those stored after the one with this ``id``: how to follow. None comes later with a smaller one.
             min_level: only of this level and above, as in logging.
             limit: at most so many.
         """
@@ -210,6 +213,7 @@ class History:
         until: datetime | None,
         text: str | None,
         kind: str | None,
+        group: str | None,
     ) -> list[ColumnElement[bool]]:
         build = self._tables.build
         filters: list[ColumnElement[bool]] = [build.c.is_top]
@@ -219,6 +223,8 @@ class History:
             if kind not in _KINDS:
                 raise ValidationError(f"kind={kind!r}: use one of {', '.join(_KINDS)}")
             filters.append(build.c.kind == kind)
+        if group is not None:
+            filters.append(build.c.group_name == group)
         if entrypoint:
             last = build.c.entrypoint.endswith(f".{entrypoint}", autoescape=True)
             filters.append(or_(build.c.entrypoint == entrypoint, last))

@@ -1,6 +1,6 @@
 """Projection: records of the events and telemetry topics become rows, each once, whoever gives them and how often.
 
-A batch is one SQL transaction:
+A batch is one SQL transaction. What its records say by themselves is made out before (prepare()); then:
 
 1. The offsets are moved on, if they still are where this process left them. Are they not, another recorder has moved
    them: nothing is stored, and this one looks where to go on (StaleError).
@@ -8,45 +8,52 @@ A batch is one SQL transaction:
 3. The events go into the timeline. A repetition of one that is there is dropped.
 4. Each row that was there is computed anew from all events of its uuid (kser.storage.folding), whatever their order.
 5. What an operation says of its steps is made true: it began when its first step did, and none of its steps goes on
-   after its end.
+   after its end. Where none of it was there before, that was done in step 2.
 6. Progress, log records and what workers tell of themselves are stored.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, and_, bindparam, case, delete, exists, func, or_, select, update
+from sqlalchemy import Connection, Row, and_, case, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from kser.progress import SEPARATOR
 from kser.status import Status
-from kser.storage.database import Database, chunks, insert
-from kser.storage.folding import FOLDED, fold
+from kser.storage.bulk import BulkInsert, BulkUpdate, among
+from kser.storage.database import Database, insert, number_in_order
+from kser.storage.folding import ENDED_WITH_OPERATION, FOLDED, begin_and_end, fold
 from kser.storage.history import worker_state
-from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, of_root, parse, stored
+from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, name_of_root, of_root, parse, stored
 from kser.storage.schema import Tables
 from kser.storage.values import dump_any_json, from_ms, now
 from kser.transport import Partition, Record
 
-__all__ = ["Projection", "StaleError"]
+__all__ = ["Batch", "Projection", "StaleError"]
 
 #: Columns of JSON among those that fold() gives.
 _JSON = ("params", "retval", "exception", "exception_tb")
-_FINAL = tuple(str(status) for status in Status if status.final)
+#: Those of the table event.
+_EVENT = (
+    *("identity", "type", "uuid", "root", "run", "position", "attempt", "phase", "worker", "data"),
+    *("cluster", "topic", "partition", "offset"),
+)
 
 
 class StaleError(Exception):
     """Another recorder has stored records of these partitions: look where it left off."""
 
 
-class _Batch(NamedTuple):
-    """What the records of a batch tell, by kind, each in the order it was told."""
+class Batch(NamedTuple):
+    """What records tell, by kind, each in the order it was told."""
 
     events: list[Told]
     progress: list[ProgressTold]
     logs: list[LogTold]
     workers: list[WorkerTold]
+    #: By its uuid the row of everything that is told of, as it is when there was none before.
+    rows: dict[str, dict[str, Any]]
 
     @property
     def about(self) -> list[Told]:
@@ -62,7 +69,8 @@ class Projection:
         cluster: id of the Kafka cluster that the records are of.
         group: whose events they are.
 
-    Thread rule: one thread uses it. Any number of them, in any processes, may work on one database.
+    Thread rule: one thread uses it at a time, but for prepare(). Any number of them, in any processes, may work on one
+    database.
     """
 
     def __init__(self, database: Database, cluster: str, group: str) -> None:
@@ -70,6 +78,9 @@ class Projection:
         self._tables: Tables = database.tables
         self._cluster = cluster
         self._group = group
+        self._insert_builds = BulkInsert(self._tables.build, [*FOLDED, "uuid", "job_id", "group_name"])
+        self._update_builds = BulkUpdate(self._tables.build, [*FOLDED, "job_id", "group_name"], key="id")
+        self._insert_events = BulkInsert(self._tables.event, _EVENT)
         #: Next offset of each partition, as this process knows it is stored; None: nothing is stored.
         self._next: dict[Partition, int | None] = {}
 
@@ -88,31 +99,62 @@ class Projection:
         for partition in partitions:
             self._next.pop(partition, None)
 
-    def is_new(self, record: Record) -> bool:
-        """Whether it is of a partition that positions() was asked for, and behind all that is recorded of that."""
-        return record.of in self._next and record.offset >= (self._next[record.of] or 0)
+    def prepare(self, records: Sequence[Record]) -> Batch:
+        """What these records tell, for apply(). It looks at nothing stored: another thread may do that meanwhile."""
+        batch = Batch([], [], [], [], {})
+        lists: dict[type, list[Any]] = {
+            Told: batch.events,
+            ProgressTold: batch.progress,
+            LogTold: batch.logs,
+            WorkerTold: batch.workers,
+        }
+        for record in records:
+            told = parse(record, self._cluster)
+            if told is not None:
+                lists[type(told)].append(told)
+        self._add_rows(batch)
+        return batch
 
-    def apply(self, records: Sequence[Record], *, pass_over: bool = False) -> int:
+    def apply(self, records: Sequence[Record], *, prepared: Batch | None = None, pass_over: bool = False) -> int:
         """Store these records, those of partitions that positions() was asked for; how many of them were new.
 
         Args:
             records: each partition's in its order.
+            prepared: what prepare() made of them, which serves once.
             pass_over: go on behind them, and store nothing of what they tell.
 
         Raises StaleError when another recorder was faster, and StorageError: nothing is stored in either case.
         """
-        fresh = [record for record in records if self.is_new(record)]
+        fresh, upto = self._fresh(records)
         if not fresh:
             return 0
-        upto: dict[Partition, int] = {}
-        for record in fresh:
-            upto[record.of] = max(upto.get(record.of, 0), record.offset + 1)
-        batch = self._sorted([] if pass_over else fresh)
+        if pass_over:
+            prepared = self.prepare([])
+        elif prepared is None or len(fresh) < len(records):
+            prepared = self.prepare(fresh)
         with self._database.write() as connection:
             self._claim(connection, upto)
-            self._store(connection, batch)
+            self._store(connection, prepared)
         self._next |= upto
         return len(fresh)
+
+    def is_new(self, record: Record) -> bool:
+        """Whether it is of a partition that positions() was asked for, and behind all that is recorded of that."""
+        return record.of in self._next and record.offset >= (self._next[record.of] or 0)
+
+    def _fresh(self, records: Sequence[Record]) -> tuple[list[Record], dict[Partition, int]]:
+        """Those of partitions that positions() was asked for that are behind all recorded there, and their ends."""
+        starts = {place: offset or 0 for place, offset in self._next.items()}
+        fresh: list[Record] = []
+        ends: dict[Partition, int] = {}
+        for record in records:
+            place: Any = record[:2]  # as good as a Partition in a dict, and there at once
+            start = starts.get(place)
+            if start is not None and record.offset >= start:
+                fresh.append(record)
+                if record.offset >= ends.get(place, 0):
+                    ends[place] = record.offset + 1
+        return fresh, {Partition(*place): end for place, end in ends.items()}
 
     def close_dead(self) -> int:
         """See that nothing is RUNNING for ever; the number of tasks that were not running any more.
@@ -157,20 +199,6 @@ class Projection:
 
     # -- one batch -----------------------------------------------------------------------------------------------------
 
-    def _sorted(self, records: Sequence[Record]) -> _Batch:
-        batch = _Batch([], [], [], [])
-        lists: dict[type, list[Any]] = {
-            Told: batch.events,
-            ProgressTold: batch.progress,
-            LogTold: batch.logs,
-            WorkerTold: batch.workers,
-        }
-        for record in records:
-            told = parse(record, self._cluster)
-            if told is not None:
-                lists[type(told)].append(told)
-        return batch
-
     def _claim(self, connection: Connection, upto: Mapping[Partition, int]) -> None:
         projection = self._tables.projection
         for partition, offset in sorted(upto.items()):  # in one order everywhere, so that no two wait for each other
@@ -185,74 +213,91 @@ class Projection:
             if connection.execute(statement.returning(projection.c.partition)).first() is None:
                 raise StaleError(f"{partition.topic}[{partition.partition}] is not at {expected} any more")
 
-    def _store(self, connection: Connection, batch: _Batch) -> None:
+    def _store(self, connection: Connection, batch: Batch) -> None:
         about = batch.about
         if about:
-            ids, old = self._lock_builds(connection, about, batch.events)
+            made, old = self._make_builds(connection, batch.rows, about)
             self._add_events(connection, batch.events)
-            roots = {told.root for told in about if told.root is not None}
-            # Operations too, when only a step of theirs was told of: what is said of both is made from both.
-            told_of = {told.uuid for told in batch.events} | roots
-            self._refold(connection, [old[uuid] for uuid in sorted(told_of) if uuid in old])
+            self._refold(connection, self._changed(connection, batch.events, made, old))
+            # Where all that was told of was made here, it was true before it was stored.
+            roots = {
+                told.root for told in about if told.root is not None and not made.issuperset((told.root, told.uuid))
+            }
             self._settle_roots(connection, sorted(roots))
+            shown = [told.about for told in batch.progress] + [told.about for told in batch.logs]
+            ids = self._ids(connection, {told.uuid for told in shown})
             self._add_progress(connection, batch.progress, ids)
-            self._add_logs(connection, batch.logs, ids)
         self._add_workers(connection, batch.workers)
+        if batch.logs:  # last of all: others wait with theirs until the end of the transaction
+            self._add_logs(connection, batch.logs, ids)
 
-    def _lock_builds(
-        self, connection: Connection, about: Sequence[Told], events: Sequence[Told]
-    ) -> tuple[dict[str, int], dict[str, Row[Any]]]:
+    def _make_builds(
+        self, connection: Connection, wanted: Mapping[str, dict[str, Any]], about: Sequence[Told]
+    ) -> tuple[set[str], dict[str, Row[Any]]]:
         """A row for everything that is told of and the operations around it, locked until the end.
 
-        Gives the number of each by its uuid, and the rows that were there before. A new one is made from the events of
-        this batch, which are all there are of it.
+        Gives the uuids of those that were made here, and the rows that were there before. A new one is made from the
+        events of this batch, which are all there are of it.
 
         Root operations first: who has one may change all that is in it, and nobody waits for another in a circle.
         """
-        wanted: dict[str, dict[str, Any]] = {}
-        for told in about:
-            wanted.setdefault(told.uuid, self._first_row(told, told.uuid))
-            if told.root is not None and told.root not in wanted:
-                wanted[told.root] = self._first_row(told, told.root)
-        for uuid, own in _by_uuid(events).items():
-            wanted[uuid] |= self._folded(own)
         roots = {told.root for told in about if told.root is not None}
-        ids: dict[str, int] = {}
+        all_made: set[str] = set()
         old: dict[str, Row[Any]] = {}
-        for uuids in (sorted(roots), sorted(set(wanted) - roots)):
+        for uuids in (sorted(roots), sorted(wanted.keys() - roots)):
             made = self._make_rows(connection, {uuid: wanted[uuid] for uuid in uuids})
-            rows = self._locked(connection, uuids)
-            ids |= {uuid: row.id for uuid, row in rows.items()}
-            old |= {uuid: row for uuid, row in rows.items() if uuid not in made}
-        return ids, old
+            if len(made) < len(uuids):
+                old |= self._locked(connection, [uuid for uuid in uuids if uuid not in made])
+            all_made |= made
+        return all_made, old
 
-    def _make_rows(self, connection: Connection, wanted: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    def _add_rows(self, batch: Batch) -> None:
+        rows, about = batch.rows, batch.about
+        for uuid, own in _by_uuid(batch.events).items():
+            if (values := fold(own)) is not None:
+                _dump(values)
+                values["uuid"], values["job_id"], values["group_name"] = uuid, values["entrypoint"], self._group
+                rows[uuid] = values
+        for told in about:
+            if told.uuid not in rows:
+                rows[told.uuid] = self._first_row(told, told.uuid)
+            if told.root is not None and told.root not in rows:
+                rows[told.root] = self._first_row(told, told.root)
+        within: dict[str, list[dict[str, Any]]] = {}
+        for uuid, row in rows.items():
+            if row["root"] is not None and row["root"] != uuid:
+                within.setdefault(row["root"], []).append(row)
+        if within:
+            own_runs = {(told.uuid, told.run) for told in batch.events}
+            for root, steps in within.items():
+                if root in rows:
+                    begin_and_end(rows[root], steps, told_of_itself=(root, rows[root]["run"]) in own_runs)
+
+    def _make_rows(self, connection: Connection, wanted: Mapping[str, dict[str, Any]]) -> set[str]:
         """Make those of these rows that are not there; the uuids of which it is known that they were made here."""
-        build = self._tables.build
-        there: set[str] = set()
-        for some in chunks(list(wanted)):
-            there.update(connection.execute(select(build.c.uuid).where(build.c.uuid.in_(some))).scalars())
-        new = [dict(row) for uuid, row in wanted.items() if uuid not in there]
-        if not new:
+        if not wanted:
             return set()
-        statement = insert(connection, build).on_conflict_do_nothing()
-        made = connection.execute(statement, new, execution_options={"preserve_rowcount": True})
+        uuid = self._tables.build.c.uuid
+        there = set(connection.execute(select(uuid).where(among(connection, uuid, list(wanted)))).scalars())
+        new = [row for uuid, row in wanted.items() if uuid not in there] if there else list(wanted.values())
         # Fewer: another recorder made some of them meanwhile.
-        return set(wanted) - there if made.rowcount == len(new) else set()
-
-    def _folded(self, events: Sequence[Told]) -> dict[str, Any]:
-        """The columns of a new row that all of its events decide."""
-        values = fold(events)
-        return {} if values is None else _dumped(values) | {"job_id": values["entrypoint"]}
+        return wanted.keys() - there if self._insert_builds(connection, new) == len(new) else set()
 
     def _locked(self, connection: Connection, uuids: Sequence[str]) -> dict[str, Row[Any]]:
+        if not uuids:
+            return {}
         build = self._tables.build
-        found: dict[str, Row[Any]] = {}
         columns = (build.c.id, build.c.uuid, build.c.job_id, build.c.entrypoint, build.c.job_config, build.c.created)
-        for some in chunks(uuids):
-            query = select(*columns).where(build.c.uuid.in_(some)).order_by(build.c.uuid).with_for_update()
-            found |= {row.uuid: row for row in connection.execute(query)}
-        return found
+        query = select(*columns).where(among(connection, build.c.uuid, uuids))
+        found: Iterable[Any] = connection.execute(query.order_by(build.c.uuid).with_for_update())
+        return {row.uuid: row for row in found}
+
+    def _ids(self, connection: Connection, uuids: Collection[str]) -> dict[str, int]:
+        if not uuids:
+            return {}
+        build = self._tables.build
+        query = select(build.c.uuid, build.c.id).where(among(connection, build.c.uuid, sorted(uuids)))
+        return {row.uuid: row.id for row in connection.execute(query)}
 
     def _first_row(self, told: Told, uuid: str) -> dict[str, Any]:
         """What is known of something before an event of its own is told: it runs."""
@@ -261,7 +306,7 @@ class Projection:
             "uuid": uuid,
             "kind": "task" if own else "operation",
             "job_id": told.entrypoint if own else "",
-            "entrypoint": told.entrypoint if own else "",
+            "entrypoint": told.entrypoint if own else name_of_root(told),
             "root": told.root,
             "parent": told.parent if own else None,
             "is_top": told.root is None or told.root == uuid,
@@ -277,8 +322,6 @@ class Projection:
         }
 
     def _add_events(self, connection: Connection, events: Sequence[Told]) -> None:
-        if not events:
-            return
         rows = [
             {
                 "identity": told.identity,
@@ -290,7 +333,7 @@ class Projection:
                 "attempt": told.attempt,
                 "phase": told.phase,
                 "worker": told.worker,
-                "data": dump_any_json(told.data),
+                "data": told.text,
                 "cluster": told.place[0],
                 "topic": told.place[1],
                 "partition": told.place[2],
@@ -298,42 +341,56 @@ class Projection:
             }
             for told in events
         ]
-        connection.execute(insert(connection, self._tables.event).on_conflict_do_nothing(), rows)
+        self._insert_events(connection, rows)
+
+    def _changed(
+        self, connection: Connection, events: Sequence[Told], made: Collection[str], old: Mapping[str, Row[Any]]
+    ) -> list[Row[Any]]:
+        """The rows that must be computed anew because of these events."""
+        changed: set[str] = set()
+        for told in events:
+            if told.uuid not in made:
+                changed.add(told.uuid)
+                if told.root is not None:  # when the operation began follows from when this one did
+                    changed.add(told.root)
+            elif told.type == RUN_SENT and told.root is not None and told.root not in made:
+                changed.add(told.root)
+        missing = sorted(uuid for uuid in changed if uuid not in old)
+        rows: dict[str, Row[Any]] = dict(old)
+        rows |= self._locked(connection, missing)
+        return [rows[uuid] for uuid in sorted(changed)]
 
     def _refold(self, connection: Connection, rows: Sequence[Row[Any]]) -> None:
         """Compute these rows anew from all of their events; what no event decides stays as it is."""
-        event, build = self._tables.event, self._tables.build
-        events: dict[str, list[Told]] = {}
-        for some in chunks([row.uuid for row in rows]):
-            told_of = or_(event.c.uuid.in_(some), and_(event.c.type == RUN_SENT, event.c.root.in_(some)))
-            for uuid, own in _by_uuid(map(stored, connection.execute(select(event).where(told_of)))).items():
-                events.setdefault(uuid, []).extend(own)
+        if not rows:
+            return
+        event = self._tables.event
+        uuids = [row.uuid for row in rows]
+        told_of = or_(
+            among(connection, event.c.uuid, uuids),
+            and_(event.c.type == RUN_SENT, among(connection, event.c.root, uuids)),
+        )
+        events = _by_uuid(map(stored, connection.execute(select(event).where(told_of))))
         changes = []
         for row in rows:
             values = fold(events.get(row.uuid, []))
             if values is not None:
                 changes.append(self._columns(row, values))
-        if changes:
-            names = [name for name in changes[0] if name != "at_id"]
-            statement = update(build).where(build.c.id == bindparam("at_id"))
-            connection.execute(statement.values({name: bindparam(name) for name in names}), changes)
+        self._update_builds(connection, changes)
 
-    def _columns(self, row: Row[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-        columns = _dumped(values) | {
-            "at_id": row.id,
-            "group_name": self._group,
-            "job_id": row.job_id or values["entrypoint"],
-        }
+    def _columns(self, row: Row[Any], values: dict[str, Any]) -> dict[str, Any]:
+        _dump(values)
+        values |= {"id": row.id, "group_name": self._group, "job_id": row.job_id or values["entrypoint"]}
         if not values["entrypoint"]:  # a new run is all that is told of it
-            columns["entrypoint"] = row.entrypoint
+            values["entrypoint"] = row.entrypoint
         if row.job_config is not None:  # somebody created it before it was sent
-            columns["created"] = row.created
-        return columns
+            values["created"] = row.created
+        return values
 
     def _settle_roots(self, connection: Connection, roots: Sequence[str]) -> None:
-        for some in chunks(roots):
-            self._begin_roots(connection, some)
-            self._end_steps(connection, some)
+        if roots:
+            self._begin_roots(connection, roots)
+            self._end_steps(connection, roots)
 
     def _begin_roots(self, connection: Connection, roots: Sequence[str]) -> None:
         """An operation, or a new run of it, began when the first of its steps did; its own event is told after that."""
@@ -345,7 +402,7 @@ class Projection:
             .scalar_subquery()
         )
         earlier = or_(build.c.start_time.is_(None), began < build.c.start_time)
-        here = and_(build.c.uuid.in_(roots), began.is_not(None), earlier)
+        here = and_(among(connection, build.c.uuid, roots), began.is_not(None), earlier)
         created = case((build.c.created > began, began), else_=build.c.created)
         connection.execute(update(build).where(here).values(start_time=began, created=created))
         # A run that was sent goes on once a step of it is told of, unless it tells of itself, that it waits say.
@@ -354,7 +411,7 @@ class Projection:
         stepped = exists().where(
             step.c.root == build.c.uuid, step.c.uuid != build.c.uuid, step.c.run == build.c.run, step.c.started
         )
-        sent = and_(build.c.uuid.in_(roots), build.c.status == str(Status.PENDING), ~own, stepped)
+        sent = and_(among(connection, build.c.uuid, roots), build.c.status == str(Status.PENDING), ~own, stepped)
         connection.execute(update(build).where(sent).values(status=str(Status.RUNNING), note=None))
 
     def _end_steps(self, connection: Connection, roots: Sequence[str] | None) -> int:
@@ -365,18 +422,12 @@ class Projection:
         build = self._tables.build
         root = aliased(build)
         newer = or_(root.c.run > build.c.run, and_(root.c.run == build.c.run, root.c.finished))
-        # Of an operation that only its steps tell of the run is not known.
-        over = exists().where(root.c.uuid == build.c.root, root.c.entrypoint != "", newer)
+        # Of an operation that only its steps tell of the run is not known, and it is not listed as a job.
+        over = exists().where(root.c.uuid == build.c.root, root.c.job_id != "", newer)
         here = and_(~build.c.finished, build.c.root.is_not(None), build.c.root != build.c.uuid, over)
         if roots is not None:
-            here = and_(build.c.root.in_(roots), here)
-        values = {
-            "status": str(Status.ABORTED),
-            "finished": True,
-            "success": False,
-            "note": "its operation ended without it",
-        }
-        return connection.execute(update(build).where(here).values(values)).rowcount
+            here = and_(among(connection, build.c.root, roots), here)
+        return connection.execute(update(build).where(here).values(ENDED_WITH_OPERATION)).rowcount
 
     def _add_progress(self, connection: Connection, progress: Sequence[ProgressTold], ids: Mapping[str, int]) -> None:
         if not progress:
@@ -404,8 +455,7 @@ class Projection:
         connection.execute(statement, values)
 
     def _add_logs(self, connection: Connection, logs: Sequence[LogTold], ids: Mapping[str, int]) -> None:
-        if not logs:
-            return
+        number_in_order(connection, self._tables.log)
         values = [
             {
                 "build_id": ids[told.about.uuid],
@@ -452,22 +502,23 @@ class Projection:
 
 def _by_uuid(events: Iterable[Told]) -> dict[str, list[Told]]:
     """Events by what they tell of; of one and its repetitions the first."""
-    unique: dict[str, Told] = {}
-    for told in events:
-        unique.setdefault(told.identity, told)
+    seen: set[str] = set()
     found: dict[str, list[Told]] = {}
-    for told in unique.values():
+    for told in events:
+        if told.identity in seen:
+            continue
+        seen.add(told.identity)
         found.setdefault(told.uuid, []).append(told)
-        if (around := of_root(told)) is not None:
+        if told.type == RUN_SENT and (around := of_root(told)) is not None:
             found.setdefault(around.uuid, []).append(around)
     return found
 
 
-def _dumped(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Columns with JSON as text."""
-    return {
-        name: dump_any_json(value) if name in _JSON and value is not None else value for name, value in values.items()
-    }
+def _dump(values: dict[str, Any]) -> None:
+    """Have JSON as text in these columns."""
+    for name in _JSON:
+        if (value := values[name]) is not None:
+            values[name] = dump_any_json(value)
 
 
 def _why_gone(row: Row[Any]) -> str | None:

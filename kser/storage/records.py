@@ -4,14 +4,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, NamedTuple
+
+import orjson
 
 from kser import schemas
 from kser.errors import ValidationError
-from kser.storage.values import clean_text
+from kser.storage.values import clean_text, dump_any_json
 from kser.transport import Record
 
-__all__ = ["RUN_SENT", "LogTold", "ProgressTold", "Told", "WorkerTold", "of_root", "parse", "stored"]
+__all__ = ["RUN_SENT", "LogTold", "ProgressTold", "Told", "WorkerTold", "name_of_root", "of_root", "parse", "stored"]
 
 #: Version of the format that is read.
 _VERSION = 1
@@ -21,9 +24,13 @@ _EVENT_PREFIXES = ("operation.", "step.", "message.", "run.")
 #: A new run of an operation, told of its first step.
 RUN_SENT = "run.sent"
 #: A repetition of these after a redelivery counts as another one.
-_BY_ATTEMPT = ("step.retrying", _TASK_STARTED)
+_BY_ATTEMPT = frozenset({"step.retrying", _TASK_STARTED})
+#: Of these there may be several of one task, position and phase.
+_SAID_APART = frozenset({_TASK_STARTED, "task.log", "message.rejected"})
 #: Longest name, in bytes: PostgreSQL refuses longer ones in an index.
 _LONGEST = 1000
+#: Of characters that take one byte, surely short enough.
+_SHORT = _LONGEST // 4
 #: Largest number in a column of its own.
 _LARGEST = 2**31 - 1
 _LARGEST_BIG = 2**63 - 1
@@ -47,6 +54,8 @@ class Told(NamedTuple):
     began_ms: int
     worker: str
     data: Mapping[str, Any]
+    #: ``data`` as it is stored.
+    text: str
     #: Where it was told, to compare events of one topic: cluster, topic, partition, offset.
     place: tuple[str, str, int, int]
 
@@ -88,18 +97,18 @@ class WorkerTold(NamedTuple):
 def parse(record: Record, cluster: str) -> "Told | ProgressTold | LogTold | WorkerTold | None":
     """What a record tells; None when it tells nothing that a storage keeps, or cannot be read."""
     try:
-        data = schemas.parse(record.value or b"")
+        data, text = _read(record.value or b"")
         if data.get("v") != _VERSION:
             return None
         kind = data["type"]
+        if kind == _TASK_STARTED or kind.startswith(_EVENT_PREFIXES):
+            return _told(data, text, record, cluster)
+        if kind == "task.progress":
+            return _progress(_told(data, text, record, cluster))
+        if kind == "task.log":
+            return _log(_told(data, text, record, cluster))
         if kind == "worker.state":
             return _worker(data)
-        if kind == "task.progress":
-            return _progress(_told(data, record, cluster))
-        if kind == "task.log":
-            return _log(_told(data, record, cluster))
-        if kind == _TASK_STARTED or kind.startswith(_EVENT_PREFIXES):
-            return _told(data, record, cluster)
     except (ValidationError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
     return None
@@ -108,7 +117,7 @@ def parse(record: Record, cluster: str) -> "Told | ProgressTold | LogTold | Work
 def stored(row: Any) -> Told:
     """The event in a row of the table."""
     place = (row.cluster, row.topic, row.partition, row.offset)
-    return _build(schemas.parse(row.data), place, 0, row.identity)
+    return _build(schemas.parse(row.data), row.data, place, 0, row.identity)
 
 
 def of_root(told: Told) -> Told | None:
@@ -118,48 +127,76 @@ def of_root(told: Told) -> Told | None:
     return told._replace(uuid=told.root, entrypoint="", parent=None, position=0)
 
 
-def _told(data: Mapping[str, Any], record: Record, cluster: str) -> Told:
+def name_of_root(told: Told) -> str:
+    """The name in messages of the operation around what is told of; "" when that is not told."""
+    name = told.data.get("operation_entrypoint")
+    return _often(name) if isinstance(name, str) else ""
+
+
+def _read(raw: bytes) -> tuple[Any, str]:
+    """The JSON in these bytes, and its text for a database: what orjson has read has no NUL and is UTF-8."""
+    try:
+        return schemas.parse_plain(raw), raw.decode()
+    except ValueError:
+        data = schemas.parse(raw)
+        return data, dump_any_json(data)
+
+
+def _told(data: Mapping[str, Any], text: str, record: Record, cluster: str) -> Told:
     place = (cluster, record.topic, record.partition, record.offset)
-    return _build(data, place, record.timestamp_ms, None)
+    return _build(data, text, place, record.timestamp_ms, None)
 
 
-def _build(data: Mapping[str, Any], place: tuple[str, str, int, int], stored_ms: int, identity: str | None) -> Told:
-    kind, uuid = _name(data["type"]), _name(data["uuid"])
+def _build(
+    data: Mapping[str, Any], text: str, place: tuple[str, str, int, int], stored_ms: int, identity: str | None
+) -> Told:
+    get = data.get
+    kind, uuid, worker = _often(data["type"]), _name(data["uuid"]), _often(get("worker") or "")
     if not uuid:
         raise ValueError("no uuid")
-    operation, parent = data.get("operation"), data.get("parent")
-    told = Told(
-        identity="",
-        type=kind,
-        uuid=uuid,
-        entrypoint=_name(data.get("entrypoint", "")),
-        root=None if operation is None else _name(operation),
-        parent=None if parent is None else _name(parent),
-        run=_number(data.get("run", 1)),
-        position=_number(data.get("position", 0)),
-        attempt=_number(data.get("attempt", 1)),
-        phase=_number(data.get("phase", 0)),
-        at_ms=_number(data.get("at") or stored_ms, _LARGEST_BIG),
-        began_ms=_number(data.get("began") or 0, _LARGEST_BIG),
-        worker=_name(data.get("worker") or ""),
-        data=data,
-        place=place,
+    operation, parent = get("operation"), get("parent")
+    root = None if operation is None else _name(operation)
+    run, position, phase = _number(get("run", 1)), _number(get("position", 0)), _number(get("phase", 0))
+    attempt, began_ms = _number(get("attempt", 1)), _number(get("began") or 0, _LARGEST_BIG)
+    if identity is None:
+        # The same for an event and its repetition: an event of a redelivery, an execution told twice.
+        key: list[Any] = [root or uuid, run, position, phase, kind, uuid, attempt if kind in _BY_ATTEMPT else 0]
+        if kind in _SAID_APART:
+            key += _apart(data, kind, worker, began_ms)
+        identity = _hashed(key)
+    return Told(
+        identity,
+        kind,
+        uuid,
+        _often(get("entrypoint", "")),
+        root,
+        None if parent is None else _name(parent),
+        run,
+        position,
+        attempt,
+        phase,
+        _number(get("at") or stored_ms, _LARGEST_BIG),
+        began_ms,
+        worker,
+        data,
+        text,
+        place,
     )
-    return told._replace(identity=identity or _identity(told))
 
 
-def _identity(told: Told) -> str:
-    """The same for an event and its repetition: an event of a redelivery, an execution told twice."""
-    key: list[Any] = [told.root or told.uuid, told.run, told.position, told.phase, told.type, told.uuid]
-    key.append(told.attempt if told.type in _BY_ATTEMPT else 0)
-    if told.type in (_TASK_STARTED, "task.log"):
-        key += [told.worker, told.began_ms]
-    if told.type == "task.log":
-        key.append(told.data.get("n"))
-    if told.type == "message.rejected":
-        key.append(told.data.get("note"))  # the coordinates of what was rejected
-    # ASCII with escapes: a uuid may hold what UTF-8 has no form for.
-    return hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
+def _apart(data: Mapping[str, Any], kind: str, worker: str, began_ms: int) -> list[Any]:
+    """What else tells such a record from another one of the same task."""
+    if kind == "message.rejected":
+        return [data.get("note")]  # the coordinates of what was rejected
+    return [worker, began_ms] if kind == _TASK_STARTED else [worker, began_ms, data.get("n")]
+
+
+def _hashed(key: list[Any]) -> str:
+    try:
+        raw = orjson.dumps(key)
+    except TypeError:  # ASCII with escapes: a uuid may hold what UTF-8 has no form for, ``n`` any number
+        raw = json.dumps(key).encode()
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
 def _progress(about: Told) -> ProgressTold:
@@ -207,10 +244,16 @@ def _text(value: Any) -> str:
 
 def _name(value: Any) -> str:
     """A text that is looked up: one that is too long for that is cut, and told apart by its hash."""
+    if type(value) is str and len(value) <= _SHORT and value.isascii() and "\x00" not in value:
+        return value
     text = _text(value)
     if len(text) * 4 <= _LONGEST or len(raw := text.encode()) <= _LONGEST:
         return text
     return f"{text[:200]}~{hashlib.blake2b(raw, digest_size=16).hexdigest()}"
+
+
+#: _name() of what many records name: their kinds, classes and workers.
+_often = lru_cache(maxsize=4096)(_name)
 
 
 def _number(value: Any, most: int = _LARGEST, *, least: int = 0) -> int:

@@ -13,7 +13,7 @@ from kser.progress import SEPARATOR, parse_group
 from kser.status import Status
 from kser.storage import migrate
 from kser.storage.base import StorageBase
-from kser.storage.database import Database, insert
+from kser.storage.database import Database, insert, number_in_order
 from kser.storage.history import History
 from kser.storage.values import as_utc, dump_json, load_json, now, one_line
 
@@ -265,7 +265,9 @@ class SqlStorage(StorageBase):
             "exception_tb": _optional(exception_tb, "exception_tb"),
         }
         with self.database.write() as connection:
-            self._row(connection, build_id)
+            # Locked first: a recorder that has the build may wait below.
+            self._row(connection, build_id, lock=True)
+            number_in_order(connection, self._tables.log)
             connection.execute(insert(connection, self._tables.log).values(values))
 
     def iter_log_messages(

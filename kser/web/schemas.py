@@ -139,6 +139,7 @@ class OperationQuery(PageQuery):
     until = _moment("Begun before that")
     text = _text(note="Text in its uuid, entrypoint, error or parameters")
     kind = fields.String(load_default=None, validate=validate.OneOf(["operation", "task"]))
+    group = _text(note="Group of the workers that told of it")
 
 
 class LetterChoice(Schema):

@@ -394,18 +394,22 @@ class TelemetrySender:
 
 def _subject(work: Work, control: Control) -> Subject:
     operation = parent = None
+    name = ""
     run, position = work.subject[1], 0
     if work.plain is not None:
-        operation, parent = work.plain["ops"][0]["uuid"], work.plain["ops"][-1]["uuid"]
+        root = work.plain["ops"][0]
+        operation, name, parent = root["uuid"], root["entrypoint"], work.plain["ops"][-1]["uuid"]
         position = work.plain["position"]
     elif (itinerary := work.itinerary) is not None:
         position = itinerary.position
         if itinerary.frames:
             operation, parent = itinerary.root.uuid, itinerary.innermost.uuid
+            name = itinerary.root.entrypoint
     return Subject(
         uuid=work.kmsg.uuid,
         entrypoint=work.kmsg.entrypoint,
         operation=operation,
+        operation_entrypoint=name,
         parent=parent,
         run=run,
         position=position,

@@ -57,6 +57,19 @@ def test_an_operation_and_its_steps_are_a_tree_in_the_order_of_their_positions(s
     assert differences(storage, read(tape.records)) == []
 
 
+def test_an_operation_whose_first_task_runs_has_its_name_before_an_event_tells_it(storage):
+    tape = Tape()
+    said = {"operation": "op", "parent": "op"}
+    tape.telemetry("task.started", "op/0", operation_entrypoint="shop.Order", **said)
+    record(storage, tape)
+    (found,) = storage.history.list_operations(entrypoint="Order")
+    assert (found.uuid, found.entrypoint, found.status) == ("op", "shop.Order", "RUNNING")
+    tape.operation("op", 1)
+    record(storage, tape)
+    assert storage.history.get_operation("op").status == "SUCCESS"
+    assert differences(storage, read(tape.records)) == []
+
+
 def test_a_nested_operation_is_a_branch_of_the_tree(storage):
     tape = Tape()
     said = {"operation": "op", "run": 1}
@@ -282,6 +295,42 @@ def test_log_records_of_a_task_are_stored_once_however_often_they_are_told(stora
     assert [line["message"] for line in storage.iter_log_messages(lines[0].build_id)] == ["careful\\x00"] * 2
 
 
+def test_what_workers_of_one_group_told_of_can_be_listed_alone(storage):
+    for group in ("shop", "mail"):
+        tape = Tape(group)
+        tape.operation(f"op-{group}", 1)
+        recorder(storage, tape, group=group).apply(tape.records)
+    history = storage.history
+    assert [found.uuid for found in history.list_operations(group="mail")] == ["op-mail"]
+    assert (history.count_operations(group="shop"), history.count_operations(group="sho")) == (1, 0)
+    assert history.count_operations() == 2
+
+
+@pytest.mark.parametrize("by_call", [False, True])
+def test_no_log_record_comes_into_sight_behind_one_that_was_stored_after_it(storage, by_call):
+    """Who follows reads by growing numbers. PostgreSQL gives a number long before the row can be seen."""
+    first, second = Tape(), Tape("other")
+    first.telemetry("task.log", "a", n=1, level=20, message="first")
+    second.telemetry("task.log", "b", n=1, level=20, message="second")
+    build_id = storage.create_build("job", {}, {})
+    slow, quick = recorder(storage, first), recorder(storage, second, group="other")
+
+    def store():
+        if by_call:
+            storage.log_message(build_id, 20, "second")
+        else:
+            quick.apply(second.records)
+
+    with ThreadPoolExecutor(1) as pool:
+        with storage.database.write() as connection:
+            slow._store(connection, slow.prepare(first.records))
+            storing = pool.submit(store)
+            time.sleep(0.3)
+            assert not storing.done()
+        storing.result(20)
+    assert [line.message for line in storage.history.list_logs()] == ["first", "second"]
+
+
 def now_ms():
     return int(time.time() * 1000)
 
@@ -437,7 +486,7 @@ def test_the_offsets_are_in_the_same_transaction(storage):
     before, held = storage.history.list_projections(), snapshot(storage)
     with pytest.raises(RuntimeError), storage.database.write() as connection:
         projection._claim(connection, {tape.records[10].of: 99})
-        projection._store(connection, projection._sorted(tape.records[10:]))
+        projection._store(connection, projection.prepare(tape.records[10:]))
         raise RuntimeError  # killed before the commit
     assert storage.history.list_projections() == before
     assert snapshot(storage) == held

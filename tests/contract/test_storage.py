@@ -493,6 +493,7 @@ def test_builds_of_jobs_are_listed_like_tasks(storage):
     assert [found.entrypoint for found in history.list_operations(limit=1, offset=1)] == ["crawl"]
     assert history.count_operations(entrypoint="crawl") == 1
     assert history.count_operations(kind="operation") == 0
+    assert history.list_operations(group="shop") == []  # no worker told of them
     assert history.count_operations(since=datetime.now(UTC) - timedelta(seconds=60)) == 2
     assert history.count_operations(until=datetime.now(UTC) - timedelta(seconds=60)) == 0
     data = history.get_operation(failed).to_json()

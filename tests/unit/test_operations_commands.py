@@ -5,6 +5,7 @@ import json
 import logging
 import sqlite3
 import threading
+import time
 from datetime import UTC, datetime
 
 import pytest
@@ -152,6 +153,8 @@ def test_what_orjson_refuses_is_printed_as_json_all_the_same(run, storage):
         (["--state", "failed"], ["bad-00000"]),
         (["--state", "FAILED", "--state", "running"], ["lone-0000", "bad-00000"]),
         (["--entrypoint", "Order"], ["bad-00000", "good-0000"]),
+        (["--group", "mail"], []),
+        (["--group", "shop", "--limit", 1], ["lone-0000"]),
         (["--text", "NO LUCK"], ["bad-00000"]),
         (["--until", datetime.fromtimestamp(START_MS / 1000, UTC).isoformat()], []),
         (["--since", datetime.fromtimestamp(START_MS / 1000, UTC).isoformat(), "--limit", 1], ["lone-0000"]),
@@ -458,6 +461,23 @@ def test_topics_that_come_later_are_read_from_their_beginning(broker, monkeypatc
         begun(broker)
         eventually(lambda: live.poll(0.1) and live.find())
         assert live.find().tasks[0].status == "SUCCESS"
+
+
+def test_a_task_whose_worker_fell_silent_is_not_shown_as_running(broker, monkeypatch):
+    monkeypatch.setattr("kser.cli.operations.live._LOOK_S", 0.0)
+    tape, now = Tape(), int(time.time() * 1000)
+    tape.telemetry("task.started", "t", operation="op", parent="op", operation_entrypoint="shop.Order", began=now)
+    tell(broker, tape)
+    with LiveOperation(broker, "shop", "op") as live:
+        assert (live.find().entrypoint, live.find().tasks[0].status) == ("shop.Order", "RUNNING")
+        assert not live.look()
+        tape.worker("w1", at=now - 60_000)
+        tape.worker("w2", at=now)
+        tell(broker, tape)
+        eventually(lambda: live.poll(0.1) or live.look())
+        (task,) = live.find().tasks
+    assert task.status == "PENDING"
+    assert "worker w1 was not heard of since" in task.note
 
 
 def test_where_no_worker_has_run_it_is_waited_for_the_first_word(run):

@@ -93,7 +93,10 @@ def wait(task_run, limit=10):
 
 # -- the records -----------------------------------------------------------------------------------------------------
 
-TASK = Subject(uuid="u", entrypoint="shop.Step", operation="op", parent="inner", run=2, position=3, attempt=4, began=5)
+TASK = Subject(
+    uuid="u", entrypoint="shop.Step", operation="op", operation_entrypoint="shop.Order", parent="inner",
+    run=2, position=3, attempt=4, began=5,
+)  # fmt: skip
 RECORDS = [
     TaskStarted(task=TASK, worker="w", at=9),
     TaskHeartbeat(task=TASK, worker="w", at=9, beat=8),

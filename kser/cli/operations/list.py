@@ -36,6 +36,7 @@ _FIELDS: Final = ("uuid", "kind", "entrypoint", "status", "started", "ended", "d
     help="Only those with this status; several may be given.",
 )
 @option("--entrypoint", metavar="NAME", help="Only of this class: its name in messages, or the last part of it.")
+@option("--group", metavar="NAME", help="Only what workers of this consumer group told of.  [default: all groups]")
 @option("--since", type=Moment(), metavar="TIME", help="Began since then: 15m, 2h, 7d ago, or 2026-07-29T18:00.")
 @option("--until", type=Moment(), metavar="TIME", help="Began before then.")
 @option("--text", metavar="TEXT", help="With this in the uuid, the name, the parameters or the error.")
@@ -56,6 +57,7 @@ _FIELDS: Final = ("uuid", "kind", "entrypoint", "status", "started", "ended", "d
 def list_(
     states: tuple[str, ...],
     entrypoint: str | None,
+    group: str | None,
     since: datetime | None,
     until: datetime | None,
     text: str | None,
@@ -71,6 +73,7 @@ def list_(
     filters: dict[str, Any] = {
         "states": [str(state).upper() for state in states],
         "entrypoint": entrypoint,
+        "group": group,
         "since": since,
         "until": until,
         "text": text,

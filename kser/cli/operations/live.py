@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final, Literal, Self
 from kser.errors import NotFound
 from kser.events import events_topic
 from kser.progress import ProgressReport
+from kser.status import Status
 from kser.telemetry import telemetry_topic
 from kser.transport import Partition, Reader, Record, Transport
 from kser.transport.partitioner import partition_of
@@ -50,6 +51,10 @@ class LiveOperation:
         self._projection = Projection(self._storage.database, _CLUSTER, group)
         self._known: set[Partition] = set()
         self._logged = 0
+        self._telemetry = telemetry_topic(group)
+        #: Keys of those that run its tasks; what they tell of themselves is listened to from then on.
+        self._workers: set[bytes] = set()
+        self._looked_at_workers = self._looked
         self._readers: list[Reader] = []
         end = self._looked + timeout_s
         try:
@@ -90,8 +95,24 @@ class LiveOperation:
             time.sleep(timeout_s)  # no worker of the group has run yet
         return [record for reader in self._readers for record in self._take(reader.poll(timeout_s))]
 
+    def look(self) -> bool:
+        """Whether it turned out that a task of it does not run any more: its worker is gone. Looks now and then."""
+        now = time.monotonic()
+        if now - self._looked_at_workers < _LOOK_S:
+            return False
+        self._looked_at_workers = now
+        found = self.find()
+        running = [] if found is None else [task for task in found.walk() if task.status == Status.RUNNING]
+        self._workers = {task.worker.encode("utf-8", "surrogatepass") for task in running if task.worker}
+        return bool(self._workers) and self._projection.close_dead() > 0
+
     def _take(self, records: list[Record]) -> list[Record]:
-        own = [record for record in records if record.key == self._key]
+        # What workers tell of themselves has their name for a key.
+        told = [record for record in records if record.key in self._workers and record.topic == self._telemetry]
+        self._put(told)
+        return self._put([record for record in records if record.key == self._key])
+
+    def _put(self, own: list[Record]) -> list[Record]:
         new = {record.of for record in own} - self._known
         if new:
             self._known |= new

@@ -95,7 +95,7 @@ def _follow(live: LiveOperation, view: "_View", group: str, deadline: Deadline) 
     """Show it until its end, and give it as it is then. Raises CommandFailed when the deadline passes."""
     records, silent_since = live.told, time.monotonic()
     while True:
-        if records:
+        if records or live.look():
             view.update(live, records)
         found = live.find()
         if found is not None and found.ended is not None and Status.parse(found.status).final:
