@@ -144,7 +144,21 @@ class Sequencer:
         if events:
             root, run, position = ops[0]["uuid"], data["run"], data["position"]
             if data.get("new"):
-                self._started(Itinerary.load(data), out)
+                first = ops[0]
+                out.events.append(
+                    Event(
+                        EventType.OPERATION_STARTED,
+                        root,
+                        first["entrypoint"],
+                        root,
+                        None,
+                        run,
+                        position,
+                        Status.RUNNING,
+                        None,
+                        first["params"],
+                    )
+                )
             out.events.append(
                 Event(
                     EventType.STEP_DONE,

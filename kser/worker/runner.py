@@ -435,8 +435,16 @@ class Runner:
                 outcome = self._outcome("done", consequences, outbox)
                 outcome.refused = partial(self._task_refused, task, work)
                 return outcome
-        elif self._events_topic is None and not outbox.messages and work.itinerary is None:
-            return Outcome("done")  # nothing follows from it
+        elif work.itinerary is None:
+            if self._events_topic is None and not outbox.messages:
+                return Outcome("done")  # nothing follows from it
+            if self._silent:  # as _ended() has it
+                event = Event(
+                    EventType.STEP_DONE, task.uuid, task.path, None, None, work.subject[1], 0, Status.SUCCESS, result
+                )
+                outcome = self._outcome("done", Consequences(events=[event]), outbox)
+                outcome.refused = partial(self._task_refused, task, work)
+                return outcome
         if self._silent:
             outbox.derive_from(kmsg.uuid, ":hooks")
         return self._ended(work, task, result, outbox)

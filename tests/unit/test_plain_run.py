@@ -1,0 +1,226 @@
+"""The short way of a record through Runner, where only run() is the user's, gives what the long way gives."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kser import Message, Operation, OperationRegistry, Result, Task
+from kser.context import Control, controlling
+from kser.errors import TransportError
+from kser.retry import Retry
+from kser.sequencing.itinerary import METADATA_KEY
+from kser.transport import Record
+from kser.worker.runner import Runner
+from tests.unit.test_plain_step import itineraries, outcomes, texts
+
+registry = OperationRegistry(topic="tasks")
+
+
+@registry.subscribe(name="nothing")
+class Nothing(Task):
+    def run(self):
+        assert METADATA_KEY not in self.metadata
+
+
+@registry.subscribe(name="gives")
+class Gives(Task):
+    def run(self):
+        return Result(uuid=self.uuid, retval={"given": self.params, "before": self.result.retval})
+
+
+@registry.subscribe(name="fails")
+class Fails(Task):
+    def run(self):
+        return Result(uuid=self.uuid, retcode=3, stderr="no")
+
+
+@registry.subscribe(name="raises")
+class Raises(Task):
+    def run(self):
+        raise ValueError("no")
+
+
+@registry.subscribe(name="exits")
+class Exits(Task):
+    def run(self):
+        raise SystemExit(2)
+
+
+@registry.subscribe(name="again")
+class Again(Raises):
+    retry = Retry(attempts=3)
+
+
+@registry.subscribe(name="needs")
+class Needs(Nothing):
+    REQUIRED_FIELDS = ("a",)
+
+
+@registry.subscribe(name="sends")
+class Sends(Task):
+    def run(self):
+        Nothing(params=self.params).send()
+        Gives(metadata=self.metadata).send(topic="elsewhere")
+
+
+@registry.subscribe(name="hooked")
+class Hooked(Task):
+    def postinit(self):
+        self.metadata = {"set": "by postinit"}
+
+    def run(self):
+        pass
+
+    def onsuccess(self, result):
+        Nothing(params=self.params).send()
+        return Result(uuid=self.uuid, stdout=self.metadata["set"])
+
+
+@registry.subscribe(name="waits")
+class Waits(Task):
+    async def run(self):
+        return Result(uuid=self.uuid, stdout="async")
+
+
+@registry.task
+def function(a=1):
+    return {"a": a}
+
+
+@registry.subscribe(name="operation")
+class Several(Operation):
+    def build_tasks(self, **params):
+        return [Nothing(), Gives(params=params)]
+
+
+names = st.sampled_from([*registry.controller.ENTRYPOINTS, "nobody's"])
+
+
+def runners(*, events):
+    made = [Runner(registry.controller, "g", "w", events=events, dead_letters=True) for _ in range(2)]
+    made[1]._silent = False
+    return made
+
+
+def timeless(record):
+    """The record without what depends on when, and on which line of kser, it was made."""
+    if record.topic == "g.events":
+        event = json.loads(record.value)
+        for name in ("at", "began"):
+            event.pop(name, None)
+        event.pop("trace", None)
+        return record._replace(value=without_stack(event))
+    if record.topic == "g.dlq":
+        kept = [h for h in record.headers if h[0] not in ("kser-at", "kser-first-failure", "kser-trace")]
+        return record._replace(headers=tuple(kept))
+    return record._replace(value=without_stack(json.loads(record.value)))
+
+
+def without_stack(data):
+    result = data.get("result") or {}
+    if isinstance(error := (result.get("retval") or {}).get("error"), dict):
+        error.pop("stack", None)
+    return data
+
+
+def shown(outcome):
+    return outcome.kind, outcome.ahead, outcome.again_s, [timeless(record) for record in outcome.records]
+
+
+@given(
+    name=names,
+    params=st.dictionaries(st.sampled_from("ab"), st.integers(), max_size=2),
+    result=outcomes,
+    metadata=st.dictionaries(texts, st.integers(), max_size=1),
+    itinerary=st.none() | itineraries,
+    headers=st.sampled_from([(), (("kser-redrive", b"1"),), (("kser-group", b"g"), ("kser-attempt", b"2"))]),
+    events=st.booleans(),
+)
+def test_both_ways_give_the_same(name, params, result, metadata, itinerary, headers, events):
+    if itinerary is not None:
+        metadata = {**metadata, METADATA_KEY: itinerary.dump()}
+    value = Message("t", name, params, result, metadata).to_bytes()
+    record = Record("tasks", 0, 7, b"k", value, headers, 1)
+    short, long = runners(events=events)
+    given = []
+    for runner in (short, long):
+        with controlling(Control(2 if len(headers) == 2 else 1)):
+            given.append(runner.run(record))
+    assert shown(given[0]) == shown(given[1])
+    if given[0].refused is not None:
+        error = TransportError("no room")
+        told = [[timeless(record) for record in outcome.refused(error)] for outcome in given]
+        assert told[0] == told[1]
+
+
+class TestChanged:
+    """What somebody changes is seen while a worker runs: of a controller at the next chunk, of a task at once."""
+
+    @pytest.fixture
+    def mine(self):
+        return OperationRegistry(topic="tasks")
+
+    def record(self, task):
+        return Record("tasks", 0, 0, None, task.to_Message().to_bytes(), (), 1)
+
+    def test_a_hook_of_the_controller(self, mine):
+        seen = []
+
+        @mine.subscribe
+        class Seen(Task):
+            def run(self):
+                pass
+
+        runner = Runner(mine.controller, "g", events=False)
+        record = self.record(Seen())
+        assert runner._silent
+        assert runner.run(record).kind == "done"
+        type(mine.controller).onsuccess = classmethod(lambda cls, kmsg, result: seen.append(kmsg.uuid))
+        runner.look()
+        runner.run(record)
+        assert len(seen) == 1
+
+    def test_a_hook_of_the_class(self, mine):
+        seen = []
+
+        @mine.subscribe
+        class Seen(Task):
+            def run(self):
+                pass
+
+        runner = Runner(mine.controller, "g", events=False)
+        record = self.record(Seen())
+        runner.run(record)
+        Seen.postinit = lambda self: seen.append(self.uuid)
+        runner.run(record)
+        assert len(seen) == 1
+
+    def test_a_transport_of_its_own_is_asked(self, mine):
+        class Backwards(Message):
+            @classmethod
+            def loads(cls, json_data):
+                return super().loads(json_data[::-1])
+
+        @mine.subscribe
+        class Seen(Task):
+            def run(self):
+                pass
+
+        type(mine.controller).TRANSPORT = Backwards
+        record = self.record(Seen())
+        record = record._replace(value=record.value[::-1])
+        assert Runner(mine.controller, "g", events=False).run(record).kind == "done"
+
+    def test_messages_that_go_well_are_logged(self, mine, caplog):
+        @mine.subscribe
+        class Seen(Task):
+            def run(self):
+                pass
+
+        runner = Runner(mine.controller, "g", events=False)
+        caplog.set_level("INFO")
+        runner.look()
+        runner.run(self.record(Seen()))
+        assert ".Success: " in caplog.text
