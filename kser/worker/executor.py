@@ -42,10 +42,14 @@ _FEW: Final = 1
 _SHORT_S: Final = 0.0005
 _SLOW_SHARE: Final = 0.25
 _MEMORY: Final = 200
-#: Of one processor: when this process uses less, tasks wait for something and more threads may be active; when it uses
-#: more, for short tasks, threads only take the GIL from each other.
+#: As a share of records, most.
+_MOST: Final = 0.5
+#: Of one processor: when this process uses less than the first, tasks wait for something and more threads may be active;
+#: when it uses less than the second, the same if most tasks are slow. When it uses all of it, for tasks that need little
+#: of it, threads only take the GIL from each other.
 _IDLE: Final = 0.4
-_BUSY: Final = 0.7
+_NOT_BUSY: Final = 0.8
+_BUSY: Final = 0.95
 #: A thread that has been at one record for so long, in seconds, gives the rest of its chunk to others.
 _LONG_S: Final = 0.01
 #: What a task over its ``timeout`` gets to end by itself, in seconds, before its thread is given up.
@@ -138,6 +142,8 @@ class _Load(NamedTuple):
     short: bool
     #: Tasks are slow, and that is not for want of the processor.
     waits: bool
+    #: Tasks are slow for want of the processor.
+    fights: bool
 
 
 class _Crew:
@@ -186,6 +192,8 @@ class _Crew:
                 self.wanted = min(self.size, 2 * self.wanted)
             elif load.short:
                 self.wanted //= 2
+            elif load.fights:
+                self.wanted -= 1
             self.wanted = max(self.wanted, min(self.size, _FEW + stuck))
         self.grow()
 
@@ -445,8 +453,11 @@ class Executor:
         share = min(seconds / (now - self._looked), 1)
         self._share = max(share, (self._share + share) / 2)  # that it began to work is known at once
         self._used, self._ran = used, ran
-        short = self._slow <= _SLOW_SHARE or (self._share > _BUSY and count > 0 and seconds / count < _SHORT_S)
-        return _Load(short, self._share < _IDLE)
+        return _Load(
+            short=self._slow <= _SLOW_SHARE,
+            waits=self._share < _IDLE or (self._share < _NOT_BUSY and self._slow > _MOST),
+            fights=self._share >= _BUSY and count > 0 and seconds / count < _SHORT_S,
+        )
 
     def _spread(self, crew: _Crew, chunk: _Chunk) -> None:
         units: list[_Chunk] = []
