@@ -45,8 +45,8 @@ _MEMORY: Final = 200
 #: As a share of records, most.
 _MOST: Final = 0.5
 #: Of one processor: when this process uses less than the first, tasks wait for something and more threads may be
-#: active; when it uses less than the second, the same if most tasks are slow. When it uses all of it, for tasks that need
-#: little of it, threads only take the GIL from each other.
+#: active; when it uses less than the second, the same if most tasks are slow. When it uses all of it, for tasks that
+#: need little of it, threads only take the GIL from each other.
 _IDLE: Final = 0.4
 _NOT_BUSY: Final = 0.8
 _BUSY: Final = 0.95
