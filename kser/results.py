@@ -9,6 +9,7 @@ from marshmallow import ValidationError as SchemaError
 
 from kser.errors import Error, InternalError, ValidationError
 from kser.stacks import format_exception
+from kser.tracebacks import hide, secret_values
 
 __all__ = [
     "ACCEPTED",
@@ -61,7 +62,8 @@ def from_exception(exc: BaseException, uuid: str) -> Result:
 
     ``retcode`` is the error's code, ``stderr`` its message, ``retval["error"]`` a dict of code, name, message, msgid,
     extra and stack (the traceback as text). An exception that is no Error of kser becomes an InternalError, code 500;
-    its class is in ``extra["type"]``. Never raises, whatever the exception carries.
+    its class is in ``extra["type"]``. Values of variables whose name looks secret are masked in all of it, see
+    kser.tracebacks.secret_values(). Never raises, whatever the exception carries.
     """
     error = _as_error(exc, uuid)
     detail = {
@@ -72,8 +74,10 @@ def from_exception(exc: BaseException, uuid: str) -> Result:
         "extra": json_safe(error.extra),
         "stack": format_exception(exc),
     }
+    if secrets := secret_values(exc):
+        detail = hide(detail, secrets)
     code = error.code if isinstance(error.code, int) and error.code else 1
-    return Result(retcode=code, stderr=str(error.message), retval={"error": detail}, uuid=str(uuid))
+    return Result(retcode=code, stderr=detail["message"], retval={"error": detail}, uuid=str(uuid))
 
 
 def _as_error(exc: BaseException, uuid: str) -> Error:

@@ -10,7 +10,7 @@ import linecache
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, Self
 
@@ -20,7 +20,7 @@ from kser.errors import ValidationError
 from kser.masking import MASK, extra_words, looks_secret, looks_secret_by, mask_text
 from kser.stacks import format_exception_only
 
-__all__ = ["FrameInfo", "TracebackInfo"]
+__all__ = ["FrameInfo", "TracebackInfo", "hide", "secret_values"]
 
 #: Lines of code before and after the one that was being run.
 CONTEXT: Final = 5
@@ -141,7 +141,8 @@ class TracebackInfo:
     def from_exception(cls, exc: BaseException) -> "TracebackInfo":
         """Of an exception, with what caused it. Never raises, whatever the exception and the variables are."""
         secrets = _Secrets()
-        return _hidden(_with_causes(exc, secrets), secrets.values)
+        info = _with_causes(exc, secrets)
+        return _hidden(info, secrets.values.union(secret_values(exc)))
 
     @property
     def tells(self) -> bool:
@@ -384,8 +385,79 @@ def _is_secret(name: str, value: Any, secrets: _Secrets) -> bool:
 
 def _note_secret(name: str, value: Any, secrets: _Secrets) -> None:
     """Remember a value that must not be shown elsewhere. What is called key is often none, and a common word."""
-    if type(value) is str and len(value) >= _MIN_SECRET and name.lower().rstrip("s") != "key":
-        secrets.values.add(value)
+    if name.lower().rstrip("s") != "key":
+        _note(value, 0, secrets)
+
+
+def _note(value: Any, depth: int, secrets: _Secrets) -> None:
+    kind = type(value)
+    if kind is str:
+        if len(value) >= _MIN_SECRET:
+            secrets.values.add(value)
+    elif kind is bytes or kind is bytearray:
+        if len(value) >= _MIN_SECRET:
+            secrets.values.add(repr(bytes(value))[2:-1])  # as it is shown
+            secrets.values.add(value.decode("utf-8", "backslashreplace"))
+    elif kind in _BRACKETS and depth < _MAX_DEPTH:
+        for entry in itertools.islice(value.values() if kind is dict else value, _MAX_ENTRIES):
+            _note(entry, depth + 1, secrets)
+
+
+def secret_values(exc: BaseException) -> list[str]:
+    """The values that must not be shown in a text about this exception, longest first.
+
+    They are those of variables, of attributes of ``self``, and under names in dicts that are either, whose name looks
+    secret, in the frames of ``exc`` and of what it came from; of at least 6 characters. Never raises.
+    """
+    secrets = _Secrets()
+    seen: list[BaseException] = []
+    following: BaseException | None = exc
+    while following is not None and len(seen) <= _MAX_CAUSES and all(following is not one for one in seen):
+        seen.append(following)
+        tb, frames = following.__traceback__, 0
+        while tb is not None and frames < _FIRST + _LAST:
+            if not _is_ours(tb.tb_frame):
+                frames += 1
+                _look_into(tb.tb_frame, secrets)
+            tb = tb.tb_next
+        following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+    return sorted(secrets.values, key=len, reverse=True)
+
+
+def _look_into(frame: types.FrameType, secrets: _Secrets) -> None:
+    try:
+        found = frame.f_locals
+        for name, value in tuple(found.items())[:_MAX_LOCALS]:
+            if name == "self":
+                for own, attribute in tuple(vars(value).items())[:_MAX_LOCALS]:
+                    _look_at(own, attribute, secrets)
+            else:
+                _look_at(name, value, secrets)
+    except Exception:  # noqa: BLE001, S110 - an object without attributes, and whatever a user's may do
+        pass
+
+
+def _look_at(name: str, value: Any, secrets: _Secrets) -> None:
+    if looks_secret_by(name, secrets.words):
+        _note_secret(name, value, secrets)
+    elif type(value) is dict:
+        for key, entry in itertools.islice(value.items(), _MAX_ENTRIES):
+            if type(key) is str and looks_secret_by(key, secrets.words):
+                _note_secret(key, entry, secrets)
+
+
+def hide(data: Any, values: Sequence[str]) -> Any:
+    """JSON data in which these values, longest first, are replaced by MASK in all texts."""
+    if type(data) is str:
+        for value in values:
+            if value in data:
+                data = data.replace(value, MASK)
+        return data
+    if type(data) is dict:
+        return {key: hide(value, values) for key, value in data.items()}
+    if type(data) is list:
+        return [hide(value, values) for value in data]
+    return data
 
 
 def _repr(value: Any, depth: int, secrets: _Secrets) -> str:

@@ -1,0 +1,127 @@
+"""What a failed Result says does not show what a variable with a secret name holds, however it came into the text."""
+
+import json
+
+import pytest
+
+from kser import Message, OperationRegistry, Result, Task, results
+from kser.errors import Error
+from kser.tracebacks import TracebackInfo, hide, secret_values
+from kser.transport import Record
+from kser.worker.runner import Runner
+
+VALUE = "9xZ"[::-1] + '-qqTop"Secret'  # the code around a frame is shown, and this is it
+
+
+def failed(function):
+    try:
+        function()
+    except BaseException as exc:
+        return exc
+    raise AssertionError("it raised nothing")
+
+
+def local():
+    password = VALUE
+    raise RuntimeError(f"cannot log in as joe with {password}")
+
+
+def caused():
+    try:
+        local()
+    except RuntimeError as exc:
+        raise Error(f"gave up: {exc}", extra={"tried": [str(exc)]}) from exc
+
+
+def in_a_dict():
+    config = {"user": "joe", "api_token": VALUE}
+    raise RuntimeError(f"config {list(config.values())[1]} was refused")
+
+
+def nested():
+    secrets = {"db": {"deep": [VALUE]}}
+    raise RuntimeError(f"{secrets['db']['deep'][0]} was refused")
+
+
+class Client:
+    def __init__(self):
+        self.password = VALUE
+
+    def call(self):
+        raise RuntimeError(f"{self.password} was refused")
+
+
+class OfTask(Client):
+    def __init__(self):
+        self.params = {"password": VALUE}
+
+    def call(self):
+        raise RuntimeError(f"{self.params['password']} was refused")
+
+
+def in_bytes():
+    token = VALUE.encode()
+    raise RuntimeError(f"{token!r} and {token.decode()} were refused")
+
+
+@pytest.mark.parametrize(
+    "function", [local, caused, in_a_dict, nested, Client().call, OfTask().call, in_bytes], ids=lambda f: f.__qualname__
+)
+def test_it_is_in_no_part_of_the_result(function):
+    exc = failed(function)
+    result = results.from_exception(exc, "u")
+    text = json.dumps(results.dump(result), ensure_ascii=False).replace("\\", "")
+    assert "Zx9" not in text
+    assert "********" in result.stderr
+    assert "refused" in result.stderr or "joe" in result.stderr
+    assert "Zx9" not in TracebackInfo.from_exception(exc).format()
+
+
+def test_short_values_and_what_is_only_called_key_stay():
+    def short():
+        password, key = "joe", "customers"
+        raise RuntimeError(f"{password} of {key}")
+
+    assert results.from_exception(failed(short), "u").stderr == "joe of customers"
+
+
+def test_objects_that_cannot_be_looked_into_do_no_harm():
+    class Closed:
+        __slots__ = ()
+
+        def call(self):
+            password = VALUE  # noqa: F841 - it is looked for
+            raise RuntimeError("no")
+
+    class Breaks:
+        @property
+        def __dict__(self):
+            raise ValueError("no")
+
+        def call(self):
+            raise RuntimeError("no")
+
+    assert results.from_exception(failed(Closed().call), "u").stderr == "no"
+    assert secret_values(failed(Breaks().call)) == []
+
+
+def test_longest_first_so_that_none_is_left_in_parts():
+    assert hide({"a": ["secret-value and secret"]}, ["secret-value", "secret"]) == {"a": ["******** and ********"]}
+
+
+@pytest.mark.parametrize("events", [True, False])
+def test_nothing_that_a_worker_sends_for_a_failure_has_it(events):
+    registry = OperationRegistry(topic="tasks")
+
+    @registry.subscribe(name="leak")
+    class Leak(Task):
+        def run(self):
+            local()
+
+    outcome = Runner(registry.controller, "g", "w", events=events, dead_letters=True).run(
+        Record("tasks", 0, 0, None, Message("u", "leak", {}, Result(uuid="u")).to_bytes(), (), 1)
+    )
+    assert outcome.kind == "failed"
+    assert any(record.topic == "g.dlq" for record in outcome.records)
+    sent = b"".join(part or b"" for r in outcome.records for part in (r.value, *(value for _, value in r.headers)))
+    assert b"Zx9" not in sent
