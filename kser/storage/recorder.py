@@ -36,9 +36,12 @@ _AGAIN_S, _AGAIN_MOST_S = 0.2, 10.0
 _ANSWER_S = 10.0
 
 
-def recorder_group(group: str) -> str:
-    """The consumer group of the recorders of a group of workers."""
-    return f"{group}.recorder"
+def recorder_group(group: str, storage: str) -> str:
+    """The consumer group of the recorders of a group of workers that keep the storage with this id up to date.
+
+    One for each storage: in one for all each would get a part of the partitions, and miss the rest.
+    """
+    return f"{group}.recorder.{storage}"
 
 
 def topics_of(group: str) -> list[str]:
@@ -99,7 +102,7 @@ class Recorder:
         self._projection = projection
         if rebuild:
             projection.forget_topics(self._starts())
-        source = self._transport.source(recorder_group(self.group))
+        source = self._transport.source(recorder_group(self.group, self._storage.id))
         try:
             source.subscribe(topics_of(self.group), self)
             with _tuned():

@@ -89,6 +89,8 @@ class Tables:
         self.event = self._event()
         self.worker = self._worker()
         self.projection = self._projection()
+        #: One row: the name of this storage among others.
+        self.storage = self._table("storage", Column("id", Text, primary_key=True))
 
     @property
     def version_name(self) -> str:

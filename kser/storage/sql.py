@@ -65,6 +65,15 @@ class SqlStorage(StorageBase):
         with self.database.read() as connection:
             return migrate.current_version(connection, self._tables), migrate.newest_version()
 
+    @property
+    def id(self) -> str:
+        """A name that no other storage has, made with its tables. Raises ConfigurationError without these."""
+        with self.database.read() as connection:
+            found = connection.execute(select(self._tables.storage.c.id).limit(1)).scalar()
+        if found is None:
+            raise ConfigurationError(f"Storage {self.database.shown} has no name: its table storage is empty")
+        return str(found)
+
     def prepare(self) -> None:
         """install() where there are no tables at all.
 

@@ -420,7 +420,7 @@ def test_uninstalling_drops_our_tables_and_no_others(storage):
     with storage.database.write() as connection:
         connection.execute(text("CREATE TABLE IF NOT EXISTS somebody_elses (x INTEGER)"))
     ours = {name for name in tables(storage) if name.startswith(storage.database.tables.prefix)}
-    assert len(ours) == 7
+    assert len(ours) == 8
     storage.uninstall()
     storage.uninstall()  # nothing left to do is no error
     assert not tables(storage) & ours

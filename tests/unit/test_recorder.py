@@ -223,7 +223,7 @@ def test_tables_that_are_missing_or_of_another_version_are_told(broker, tmp_path
     name = storage.database.tables.version_name
     with storage.database.write() as connection:
         connection.exec_driver_sql(f"UPDATE {name} SET version_num = '9999'")
-    with pytest.raises(ConfigurationError, match="version 9999, this release of kser needs 0002: run kser db upgrade"):
+    with pytest.raises(ConfigurationError, match="version 9999, this release of kser needs 0003: run kser db upgrade"):
         storage.prepare()
     with pytest.raises(ConfigurationError, match="9999, which this release of kser does not know: upgrade kser"):
         storage.install()
@@ -245,3 +245,17 @@ def test_the_judge_of_these_tests_sees_what_is_wrong(storage):
     with storage.database.write() as connection:
         connection.exec_driver_sql(f"UPDATE {storage.database.tables.build.name} SET retval = '{json.dumps(1)}'")
     assert "has the result" in differences(storage, events)[0]
+
+
+def test_two_storages_of_one_group_each_get_all(broker, storage):
+    other = MemoryStorage()
+    tape = Tape()
+    with running(broker, storage), running(broker, other):
+        for number in range(40):
+            tape.operation(f"operation-{number}", 3)
+        tell(broker, tape)
+        eventually(lambda: whole(broker, storage) and whole(broker, other))
+    assert storage.id != other.id
+    assert storage.history.count_operations() == other.history.count_operations() == 40
+    assert snapshot(storage) == snapshot(other)
+    other.close()
