@@ -94,6 +94,11 @@ class Projection:
         self._next |= looked_up
         return looked_up
 
+    def moved(self, partitions: Iterable[Partition]) -> set[Partition]:
+        """Those of these partitions that are not stored as far as this process knew: another one moved them."""
+        known = dict(self._next)
+        return {place for place, offset in self.positions(partitions).items() if offset != known.get(place)}
+
     def forget(self, partitions: Iterable[Partition]) -> None:
         """Drop what is known of partitions that another recorder has now."""
         for partition in partitions:

@@ -132,6 +132,9 @@ class Recorder:
         records = self._poll(source)
         prepared = projection.prepare(records) if records and not self._unplaced else None
         self._see_stored(source)
+        if self._is_time_to_look():
+            # Who rebuilds forgets offsets of idle partitions too, where no record would ever tell.
+            self._unplaced |= projection.moved(source.assignment())
         if self._unplaced:
             # What came of these partitions came from a place that nobody chose.
             unplaced = set(self._unplaced)

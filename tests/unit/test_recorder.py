@@ -259,3 +259,17 @@ def test_two_storages_of_one_group_each_get_all(broker, storage):
     assert storage.history.count_operations() == other.history.count_operations() == 40
     assert snapshot(storage) == snapshot(other)
     other.close()
+
+
+def test_a_rebuild_beside_an_idle_recorder_of_the_same_storage_loses_nothing(broker, storage, monkeypatch):
+    monkeypatch.setattr("kser.storage.recorder._LOOK_S", 0.3)
+    tape = Tape()
+    for number in range(40):
+        tape.operation(f"op{number}", 2)
+    tell(broker, tape)
+    with running(broker, storage) as idle:
+        eventually(lambda: whole(broker, storage))
+        before = snapshot(storage)
+        with running(broker, storage, rebuild=True) as again:
+            eventually(lambda: idle.recorded + again.recorded == 480 and whole(broker, storage), 10)
+    assert snapshot(storage) == before
