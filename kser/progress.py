@@ -3,6 +3,7 @@
 Groups are inside groups, each with numbers of its own or the sum of what is in it.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,8 +124,8 @@ class ProgressReport:
 
     @property
     def label(self) -> str:
-        """As in ``5/10 (50%)``."""
-        return f"{self.current}/{self.total} ({self.percent:.0f}%)"
+        """As in ``5/10 (50%)``; 100% is all of it, and not nearly."""
+        return f"{self.current}/{self.total} ({math.floor(self.percent)}%)"
 
     def to_json(self) -> dict[str, Any]:
         """name, current, total, percent, label, status_line, and children of the same form."""

@@ -103,7 +103,9 @@ class History:
         with self._database.read() as connection:
             row = connection.execute(select(build).where(self._named(uuid))).first()
             if row is None:
-                raise NotFound(f"Nothing is known of {uuid}", extra={"uuid": str(uuid)})
+                short = isinstance(uuid, str) and len(uuid) < _LEAST_BEGIN and not uuid.isdecimal()
+                hint = f": of a uuid at least the first {_LEAST_BEGIN} characters are needed" if short else ""
+                raise NotFound(f"Nothing is known of {uuid}{hint}", extra={"uuid": str(uuid)})
             if row.kind != "operation" or row.root is None:
                 return execution(row)
             # Of all in the root operation, for one that is nested in it too: whose children they are is found here.

@@ -236,6 +236,7 @@ def test_numbers_of_its_own_win_over_its_children():
 def test_nothing_to_do_is_0_percent():
     assert ProgressReport("x", 0, 0).percent == 0.0
     assert ProgressReport("x").label == "0/0 (0%)"
+    assert ProgressReport.from_table([(None, 999, 1000, "")]).label == "999/1000 (99%)"
 
 
 def test_rows_make_a_tree_in_any_order():
