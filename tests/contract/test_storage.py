@@ -629,5 +629,5 @@ def test_a_thread_that_waits_for_a_lock_gets_it_when_it_is_free(storage):
 def test_a_begin_of_a_uuid_that_is_too_short_is_told_so(storage):
     with pytest.raises(NotFound, match="Nothing is known of 3f2a: of a uuid at least the first 8 characters"):
         storage.history.get_operation("3f2a")
-    with pytest.raises(NotFound, match="Nothing is known of 99999$"):
+    with pytest.raises(NotFound, match=r"Nothing is known of 99999$"):
         storage.history.get_operation(99999)
