@@ -519,8 +519,9 @@ class Executor:
                 if type(unit) is Item:
                     item = unit
                 else:
-                    rest = hand.unit = unit  # type: ignore[assignment]  # type() and not isinstance(), which costs more
+                    rest = unit  # type: ignore[assignment]  # type() and not isinstance(), which costs more
                     item = rest.popleft()  # type: ignore[union-attr]
+                hand.unit = rest
                 while True:
                     count += 1
                     if self._held:
@@ -529,7 +530,12 @@ class Executor:
                     if item.state.closed:
                         self._refuse(item, rest)
                         break
-                    if not self._one(crew, hand, item, rest, before):
+                    whole = self._one(crew, hand, item, rest, before)
+                    now = monotonic()
+                    if now - before > _SHORT_S:
+                        slow += 1
+                    before = now
+                    if not whole:
                         if hand.abandoned:
                             return
                         break
@@ -539,10 +545,6 @@ class Executor:
                         finished.append(item)
                         break
                     finished.append(item)
-                    now = monotonic()
-                    if now - before > _SHORT_S:
-                        slow += 1
-                    before = now
                     if now - woke > _WAKE_S:
                         woke = now
                         self._wake()

@@ -12,6 +12,7 @@ from kser import Operation, OperationRegistry, Result, Task, Worker
 from kser.errors import ConfigurationError, DeliveryError, FencedError, GroupError, OffsetLostError, TransportError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
+from kser.retry import Retry
 from kser.transport import OutRecord, Partition, Position, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker import loop, members, processes
@@ -304,6 +305,39 @@ def test_a_coroutine_over_its_timeout_is_cancelled(registry, transport, start):
     wait_for(lambda: view(transport, task.uuid).ended)
     assert view(transport, task.uuid).result.retcode == 408
     wait_for(lambda: cancelled == [True])  # the event loop cancels it in its own thread
+
+
+def test_the_time_of_a_task_begins_with_it_also_behind_one_that_is_tried_again(registry):
+    """Both are in the chunk of one thread, and what the first took is not of the second."""
+    begun, go, told = threading.Event(), threading.Event(), []
+
+    @registry.subscribe(retry=Retry(attempts=2))
+    class Fails(Task):
+        def run(self):
+            time.sleep(0.3)
+            raise ValueError("no")
+
+    @registry.subscribe(timeout=0.2)
+    class Follows(Task):
+        def run(self):
+            begun.set()
+            assert go.wait(10)
+            told.append(self.aborted)
+
+    executor = Executor(Runner(registry.controller, GROUP), concurrency=1, wake=lambda: None)
+    executor._slow, executor._share = 0.0, 1.0  # so that they are in one chunk
+    state = PartitionState(Partition(TOPIC, 0))
+    behind = Item(state, Record(TOPIC, 0, 2, b"k", Fails().to_Message().to_bytes(), (), 0))
+    first = deque([Item(state, Record(TOPIC, 0, 0, b"k", Fails().to_Message().to_bytes(), (), 0)), behind])
+    executor.submit([first, Item(state, Record(TOPIC, 0, 1, None, Follows().to_Message().to_bytes(), (), 0))])
+    assert begun.wait(10)
+    executor.look_after()
+    assert [hand.unit for hand in executor._hands()] == [None]  # what is behind the first is not the second's
+    go.set()
+    wait_for(lambda: len(executor.finished) == 2)
+    assert executor.stop(5)
+    assert told == [None]
+    assert list(executor.finished[0].rest) == [behind]
 
 
 def test_a_thread_that_ignores_its_timeout_is_replaced_and_its_task_fails(registry, transport, start):
