@@ -39,6 +39,8 @@ _MAX_ENTRIES: Final = 100
 _MAX_DEPTH: Final = 6
 #: A masked value that is shorter is not looked for in other texts: it may be a part of many words.
 _MIN_SECRET: Final = 6
+#: Levels of nesting that are looked through for them.
+_DEEPEST_LOOK: Final = 3
 _HOW: Final = {
     "cause": "The above exception was the direct cause of the following exception:",
     "context": "During handling of the above exception, another exception occurred:",
@@ -142,7 +144,9 @@ class TracebackInfo:
         """Of an exception, with what caused it. Never raises, whatever the exception and the variables are."""
         secrets = _Secrets()
         info = _with_causes(exc, secrets)
-        return _hidden(info, secrets.values.union(secret_values(exc)))
+        if isinstance(exc, BaseExceptionGroup):  # its own variables were looked at, those of what is in it were not
+            _look_behind(exc, secrets, [])
+        return _hidden(info, secrets.values)
 
     @property
     def tells(self) -> bool:
@@ -358,6 +362,8 @@ def _variables(frame: types.FrameType, secrets: _Secrets) -> Iterator[tuple[str,
     if found is frame.f_globals:  # code of a module: what it imports and defines are no variables
         named = [name for name in named if not isinstance(found[name], (types.ModuleType, types.FunctionType, type))]
     for name in named[:_MAX_LOCALS]:
+        if name == "self":
+            _look_at_own(found[name], secrets)
         yield _trimmed(name, _MAX_LINE), _shown_as(name, found[name], secrets)
     if len(named) > _MAX_LOCALS:
         yield "...", f"{len(named) - _MAX_LOCALS} more"
@@ -394,9 +400,11 @@ def _note(value: Any, depth: int, secrets: _Secrets) -> None:
     if kind is str:
         if len(value) >= _MIN_SECRET:
             secrets.values.add(value)
+            if not value.isalnum():
+                secrets.values.add(repr(value)[1:-1])  # as {value!r} has it
     elif kind is bytes or kind is bytearray:
         if len(value) >= _MIN_SECRET:
-            secrets.values.add(repr(bytes(value))[2:-1])  # as it is shown
+            secrets.values.add(repr(bytes(value))[2:-1])
             secrets.values.add(value.decode("utf-8", "backslashreplace"))
     elif kind in _BRACKETS and depth < _MAX_DEPTH:
         for entry in itertools.islice(value.values() if kind is dict else value, _MAX_ENTRIES):
@@ -406,11 +414,16 @@ def _note(value: Any, depth: int, secrets: _Secrets) -> None:
 def secret_values(exc: BaseException) -> list[str]:
     """The values that must not be shown in a text about this exception, longest first.
 
-    They are those of variables, of attributes of ``self``, and under names in dicts that are either, whose name looks
-    secret, in the frames of ``exc`` and of what it came from; of at least 6 characters. Never raises.
+    They are those of variables, of attributes of ``self``, and under names in what of that is a dict or has dicts in
+    it, whose name looks secret, in the frames of ``exc``, of what it came from and of those in a group; of at least 6
+    characters. Never raises.
     """
     secrets = _Secrets()
-    seen: list[BaseException] = []
+    _look_behind(exc, secrets, [])
+    return sorted(secrets.values, key=len, reverse=True)
+
+
+def _look_behind(exc: BaseException, secrets: _Secrets, seen: list[BaseException]) -> None:
     following: BaseException | None = exc
     while following is not None and len(seen) <= _MAX_CAUSES and all(following is not one for one in seen):
         seen.append(following)
@@ -420,30 +433,42 @@ def secret_values(exc: BaseException) -> list[str]:
                 frames += 1
                 _look_into(tb.tb_frame, secrets)
             tb = tb.tb_next
+        if isinstance(following, BaseExceptionGroup):
+            for each in following.exceptions[:_MAX_ENTRIES]:
+                _look_behind(each, secrets, [])
         following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
-    return sorted(secrets.values, key=len, reverse=True)
 
 
 def _look_into(frame: types.FrameType, secrets: _Secrets) -> None:
+    for name, value in tuple(frame.f_locals.items())[:_MAX_LOCALS]:
+        if name == "self":
+            _look_at_own(value, secrets)
+        else:
+            _look_at(name, value, 0, secrets)
+
+
+def _look_at_own(of: Any, secrets: _Secrets) -> None:
+    """Note the secret ones among the attributes of an object."""
     try:
-        found = frame.f_locals
-        for name, value in tuple(found.items())[:_MAX_LOCALS]:
-            if name == "self":
-                for own, attribute in tuple(vars(value).items())[:_MAX_LOCALS]:
-                    _look_at(own, attribute, secrets)
-            else:
-                _look_at(name, value, secrets)
+        for name, value in tuple(vars(of).items())[:_MAX_LOCALS]:
+            _look_at(name, value, 0, secrets)
     except Exception:  # noqa: BLE001, S110 - an object without attributes, and whatever a user's may do
         pass
 
 
-def _look_at(name: str, value: Any, secrets: _Secrets) -> None:
-    if looks_secret_by(name, secrets.words):
+def _look_at(name: str, value: Any, depth: int, secrets: _Secrets) -> None:
+    kind = type(value)
+    if kind in _BARE:
+        return
+    if name and looks_secret_by(name, secrets.words):
         _note_secret(name, value, secrets)
-    elif type(value) is dict:
-        for key, entry in itertools.islice(value.items(), _MAX_ENTRIES):
-            if type(key) is str and looks_secret_by(key, secrets.words):
-                _note_secret(key, entry, secrets)
+    elif kind in _BRACKETS and value and depth < _DEEPEST_LOOK:
+        if kind is dict:
+            for key, entry in itertools.islice(value.items(), _MAX_ENTRIES):
+                _look_at(key if type(key) is str else "", entry, depth + 1, secrets)
+        else:
+            for entry in itertools.islice(value, _MAX_ENTRIES):
+                _look_at("", entry, depth + 1, secrets)
 
 
 def hide(data: Any, values: Sequence[str]) -> Any:

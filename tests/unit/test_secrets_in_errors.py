@@ -43,6 +43,20 @@ def nested():
     raise RuntimeError(f"{secrets['db']['deep'][0]} was refused")
 
 
+def two_levels_down():
+    conf = {"db": [{"password": VALUE}], "port": 1}
+    raise RuntimeError(f"{conf['db'][0]['password']} was refused")
+
+
+def in_a_group():
+    raise ExceptionGroup("both were refused", [failed(local), failed(in_a_dict)])
+
+
+def as_repr():
+    password = f"{VALUE}'\n"
+    raise RuntimeError(f"{password!r} was refused")
+
+
 class Client:
     def __init__(self):
         self.password = VALUE
@@ -65,14 +79,16 @@ def in_bytes():
 
 
 @pytest.mark.parametrize(
-    "function", [local, caused, in_a_dict, nested, Client().call, OfTask().call, in_bytes], ids=lambda f: f.__qualname__
+    "function",
+    [local, caused, in_a_dict, nested, two_levels_down, in_a_group, as_repr, Client().call, OfTask().call, in_bytes],
+    ids=lambda f: f.__qualname__,
 )
 def test_it_is_in_no_part_of_the_result(function):
     exc = failed(function)
     result = results.from_exception(exc, "u")
     text = json.dumps(results.dump(result), ensure_ascii=False).replace("\\", "")
     assert "Zx9" not in text
-    assert "********" in result.stderr
+    assert "********" in text
     assert "refused" in result.stderr or "joe" in result.stderr
     assert "Zx9" not in TracebackInfo.from_exception(exc).format()
 
