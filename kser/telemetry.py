@@ -7,6 +7,7 @@ have the key of its events, those of a worker its name. kser.events.schema() des
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Final, Self
@@ -73,7 +74,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Telemetry:
+class Telemetry(ABC):
     """What each record has."""
 
     TYPE: ClassVar[str] = ""
@@ -83,9 +84,9 @@ class Telemetry:
     at: int = 0
 
     @property
+    @abstractmethod
     def key(self) -> str:
         """Record key."""
-        raise NotImplementedError
 
     def to_bytes(self) -> bytes:
         """The record as compact UTF-8 JSON. Never fails: what JSON has no form for is written as its repr()."""
