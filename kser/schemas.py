@@ -225,11 +225,6 @@ def parse(json_data: str | bytes) -> Any:
 
     Reads what kser and its predecessors write: whole numbers of any size, lone surrogates.
     """
-    if type(json_data) is bytes and _BIG_NUMBER not in json_data.translate(_DIGITS):  # as it nearly always is
-        try:
-            return orjson.loads(json_data)
-        except ValueError:
-            pass  # what follows has the last word
     if not isinstance(json_data, (str, bytes, bytearray, memoryview)):
         raise ValidationError("Failed to load message", extra={"_schema": [f"Not text: {type(json_data).__name__}"]})
     try:
