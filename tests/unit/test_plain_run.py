@@ -162,65 +162,50 @@ class TestChanged:
     def mine(self):
         return OperationRegistry(topic="tasks")
 
+    @pytest.fixture
+    def seen(self, mine):
+        """A task class that does nothing."""
+
+        @mine.subscribe
+        class Seen(Task):
+            def run(self):
+                pass
+
+        return Seen
+
     def record(self, task):
         return Record("tasks", 0, 0, None, task.to_Message().to_bytes(), (), 1)
 
-    def test_a_hook_of_the_controller(self, mine):
-        seen = []
-
-        @mine.subscribe
-        class Seen(Task):
-            def run(self):
-                pass
-
-        runner = Runner(mine.controller, "g", events=False)
-        record = self.record(Seen())
+    def test_a_hook_of_the_controller(self, mine, seen):
+        runner, record, uuids = Runner(mine.controller, "g", events=False), self.record(seen()), []
         assert runner._silent
         assert runner.run(record).kind == "done"
-        type(mine.controller).onsuccess = classmethod(lambda cls, kmsg, result: seen.append(kmsg.uuid))
+        type(mine.controller).onsuccess = classmethod(lambda cls, kmsg, result: uuids.append(kmsg.uuid))
         runner.look()
         runner.run(record)
-        assert len(seen) == 1
+        assert len(uuids) == 1
 
-    def test_a_hook_of_the_class(self, mine):
-        seen = []
-
-        @mine.subscribe
-        class Seen(Task):
-            def run(self):
-                pass
-
-        runner = Runner(mine.controller, "g", events=False)
-        record = self.record(Seen())
+    def test_a_hook_of_the_class(self, mine, seen):
+        runner, record, uuids = Runner(mine.controller, "g", events=False), self.record(seen()), []
         runner.run(record)
-        Seen.postinit = lambda self: seen.append(self.uuid)
+        seen.postinit = lambda self: uuids.append(self.uuid)
         runner.run(record)
-        assert len(seen) == 1
+        assert len(uuids) == 1
 
-    def test_a_transport_of_its_own_is_asked(self, mine):
+    def test_a_transport_of_its_own_is_asked(self, mine, seen):
         class Backwards(Message):
             @classmethod
             def loads(cls, json_data):
                 return super().loads(json_data[::-1])
 
-        @mine.subscribe
-        class Seen(Task):
-            def run(self):
-                pass
-
         type(mine.controller).TRANSPORT = Backwards
-        record = self.record(Seen())
+        record = self.record(seen())
         record = record._replace(value=record.value[::-1])
         assert Runner(mine.controller, "g", events=False).run(record).kind == "done"
 
-    def test_messages_that_go_well_are_logged(self, mine, caplog):
-        @mine.subscribe
-        class Seen(Task):
-            def run(self):
-                pass
-
+    def test_messages_that_go_well_are_logged(self, mine, seen, caplog):
         runner = Runner(mine.controller, "g", events=False)
         caplog.set_level("INFO")
         runner.look()
-        runner.run(self.record(Seen()))
+        runner.run(self.record(seen()))
         assert ".Success: " in caplog.text
