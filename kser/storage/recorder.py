@@ -1,19 +1,17 @@
 """Recorder: follows the events and telemetry of a group and keeps a storage up to date."""
 
-import gc
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from typing import Final
 
 from kser.errors import Error, OffsetLostError, StorageError
 from kser.events import events_topic
 from kser.storage.projection import Batch, Projection, StaleError
 from kser.storage.sql import SqlStorage
 from kser.transport import Partition, Position, Record, Source, Transport
+from kser.worker.collecting import collecting_rarely
 from kser.worker.topic_plan import Feature
 from kser.worker.topics import ensure_group_topics
 
@@ -23,10 +21,6 @@ logger = logging.getLogger(__name__)
 
 #: Records in one transaction.
 BATCH = 5000
-#: As that of a worker: of the dozens of objects of a record none is in a cycle, and looking for some costs a fifth of
-#: the time. Python's own ones are replaced, and no others.
-_THRESHOLD: Final = 25_000
-_USUAL_THRESHOLDS: Final = frozenset({700, 2000})
 #: Seconds of a poll without records: how soon it stops.
 _POLL_S = 0.2
 #: Seconds between two looks for what died.
@@ -105,7 +99,7 @@ class Recorder:
         source = self._transport.source(recorder_group(self.group, self._storage.id))
         try:
             source.subscribe(topics_of(self.group), self)
-            with _tuned():
+            with collecting_rarely():
                 self._record(source, projection)
         finally:
             source.close()
@@ -244,15 +238,3 @@ class Recorder:
     def on_lost(self, partitions: Sequence[Partition]) -> None:
         """See RebalanceListener."""
         self.on_revoke(partitions)
-
-
-@contextmanager
-def _tuned() -> Iterator[None]:
-    """Cycles are looked for less often, for as long as a recorder runs."""
-    thresholds = gc.get_threshold()
-    if thresholds[0] in _USUAL_THRESHOLDS:
-        gc.set_threshold(_THRESHOLD, *thresholds[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*thresholds)

@@ -1,6 +1,5 @@
 """Worker: runs the tasks of a registry, with all its settings."""
 
-import gc
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from kser.producer import max_message_bytes
 from kser.sequencing.itinerary import VERSION
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import TopicAdmin, Transport
+from kser.worker.collecting import collecting_rarely
 from kser.worker.control import Aborted, ControlWatch
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
@@ -51,9 +51,6 @@ _TOLD_IN: Final[dict[str, frozenset[Feature]]] = {
 
 #: How long a busy thread keeps the GIL while others want it, in seconds.
 _TURN_S: Final = 0.0005
-#: New objects after which cycles among them are looked for: here, and in the releases of Python.
-_THRESHOLD: Final = 25_000
-_USUAL_THRESHOLDS: Final = frozenset({700, 2000})
 #: Longest wait for what was told to the group before the worker started, in seconds.
 _TOLD_S: Final = 60.0
 #: How late a stop is heard meanwhile, in seconds.
@@ -317,7 +314,7 @@ class Worker:
                     )
                     self._relay.start()
                 logs = loghandler.installed() if telemetry is not None else nullcontext()
-                with _tuned(), logs:
+                with _quick_turns(), collecting_rarely(), logs:
                     self._loop.run(until_idle=until_idle)
             finally:
                 self.drains()
@@ -425,23 +422,18 @@ class Worker:
 
 
 @contextmanager
-def _tuned() -> Iterator[None]:
-    """Two settings of the interpreter for as long as a worker runs.
+def _quick_turns() -> Iterator[None]:
+    """Threads take turns more often for as long as a worker runs.
 
-    Threads take turns more often: the client takes the GIL for each delivery report, and waits its turn each time.
-    Beside one busy thread 500 confirmed records took 200 ms with Python's 5 ms, and 5 ms with 0.2 ms. And cycles are
-    looked for less often, unless the program has a mind of its own: a record makes dozens of objects, none of them in a
-    cycle, and looking cost a fifth of the time.
+    The client takes the GIL for each delivery report, and waits its turn each time: beside one busy thread 500
+    confirmed records took 200 ms with Python's 5 ms, and 5 ms with 0.2 ms.
     """
-    turn, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    turn = sys.getswitchinterval()
     sys.setswitchinterval(min(turn, _TURN_S))
-    if thresholds[0] in _USUAL_THRESHOLDS:
-        gc.set_threshold(_THRESHOLD, *thresholds[1:])
     try:
         yield
     finally:
         sys.setswitchinterval(turn)
-        gc.set_threshold(*thresholds)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
