@@ -146,6 +146,10 @@ class ConfluentSource:
         self._next: dict[tuple[str, int], int] = {}
         self._lost: dict[tuple[str, int], OffsetLostError] = {}
         self._paused: set[tuple[str, int]] = set()
+        #: The member id of the group's last round; "" before the first.
+        self._member_id = ""
+        #: What the client kept of a membership that is over: lost, and to be taken over again by the next poll().
+        self._kept: set[tuple[str, int]] = set()
         #: Under KIP-848: partitions that came just now, and until when nothing is given of them; for how long that is.
         self._unsure: dict[tuple[str, int], float] = {}
         self._sure_s: float | None = None
@@ -184,6 +188,8 @@ class ConfluentSource:
         self._subscribe()
 
     def _subscribe(self) -> None:
+        self._member_id = ""
+        self._kept.clear()
         if self._watch is not None:
             self._learn_topics()
         with kafka_errors(f"Subscribing group {self.group} to {', '.join(self._topics)}"):
@@ -224,7 +230,7 @@ class ConfluentSource:
     def joined(self) -> bool:
         """See Source. False again once the group put this member out, until it is back."""
         try:
-            return not self._closed and self._dead is None and self._membership()[1]
+            return not self._closed and self._dead is None and bool(self._membership()[1])
         except TransportError:
             return False
 
@@ -233,9 +239,10 @@ class ConfluentSource:
         return [Partition(*key) for key in self._next]
 
     def member(self) -> GroupMember:
-        """See Source."""
+        """See Source. Nor is it a member with the partitions of an earlier membership."""
         self._check_open()
-        metadata, joined = self._membership()
+        metadata, member_id = self._membership()
+        joined = bool(member_id) and (member_id == self._member_id or not self._next)
         return ConfluentMember(metadata, joined, frozenset(self._next))
 
     def close(self, timeout_s: float = 10) -> None:
@@ -293,6 +300,8 @@ class ConfluentSource:
             self._raise_failure()
         if self._unsure:
             self._give_sure()
+        if self._kept:
+            self._take_over_again()
         end = time.monotonic() + timeout_s
         left = max(timeout_s, 0.0)
         while True:
@@ -639,7 +648,46 @@ class ConfluentSource:
     # -- rebalances: librdkafka calls these inside poll() and consume(), and nothing may be raised out of them --------
 
     def _on_assign(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._see_membership()
         self._guarded(self._take_over, [(t.topic, t.partition) for t in partitions])
+
+    def _see_membership(self) -> None:
+        """In each round of the group: what is owned as another member is lost.
+
+        The client keeps it. It finds out inside a round that the group has put it out, then it only forgets its member
+        id, joins as another one with all that it had, and calls no on_lost ("already in progress, skipping" in its
+        rdkafka_cgrp.c; seen with 2.16: a worker that was paused while it let go of a partition settled what it had run
+        of another one, which others had run to its end meanwhile, and Kafka took it from the new member).
+        """
+        try:
+            member_id = self._membership()[1]
+        except TransportError:
+            return
+        if member_id and self._member_id and member_id != self._member_id:
+            self._lose_all()
+        self._member_id = member_id or self._member_id
+
+    def _lose_all(self) -> None:
+        """What is owned is lost, and what of it the client keeps is taken over again."""
+        kept = {(t.topic, t.partition) for t in self._consumer.assignment()}
+        lost = list(self._next)
+        if lost:
+            logger.warning(
+                "Group %s had put this member out and took it in anew: what it had is lost, and taken over again where "
+                "it still has that",
+                self.group,
+            )
+        if lost and self._listener is not None:
+            self._guarded(self._listener.on_lost, [Partition(*key) for key in lost])
+        self._forget(lost)
+        self._kept |= kept
+
+    def _take_over_again(self) -> None:
+        """Outside of a round: the client has these partitions, and reads on where it was."""
+        keys, self._kept = list(self._kept), set()
+        self._guarded(self._take_over, keys)
+        self._kept |= {key for key in keys if key not in self._next}  # not done: again at the next poll
+        self._raise_failure()
 
     def _take_over(self, keys: list[tuple[str, int]]) -> None:
         if self._listener is None or not keys:
@@ -672,6 +720,9 @@ class ConfluentSource:
         targets = [TopicPartition(*key, offset=starts[key]) for key in keys]
         with kafka_errors(f"Taking over partitions of group {self.group}"):
             if self._incremental:
+                has = {(t.topic, t.partition) for t in self._consumer.assignment()}
+                if again := [TopicPartition(*key) for key in keys if key in has]:
+                    self._consumer.incremental_unassign(again)
                 self._consumer.incremental_assign(targets)
             else:
                 self._consumer.assign(targets)
@@ -737,17 +788,20 @@ class ConfluentSource:
         partitions = [Partition(topic, n) for n in range(self._admin.partitions_of(topic))]
         return any(p.offset >= 0 for p in self.committed(partitions, self._rebalance_s))
 
-    def _membership(self) -> tuple[Any, bool]:
-        """The group metadata of this moment, and whether it is that of a member."""
+    def _membership(self) -> tuple[Any, str]:
+        """The group metadata of this moment, and its member id; "" when it is not that of a member."""
         with kafka_errors(f"Asking for the membership of group {self.group}"):
             metadata = self._consumer.consumer_group_metadata()
-            joined = bool(self._consumer.memberid())
-        if isinstance(metadata, bytes) and metadata.startswith(_METADATA_MARK):
-            # It is -1 before the first join, and 0 for one that KIP-848 has put out and that comes again.
-            joined = joined and _GENERATION.unpack_from(metadata, len(_METADATA_MARK))[0] > 0
-        return metadata, joined
+            member_id = self._consumer.memberid() or ""
+        known = isinstance(metadata, bytes) and metadata.startswith(_METADATA_MARK)
+        # It is -1 before the first join, and 0 for one that KIP-848 has put out and that comes again.
+        if known and _GENERATION.unpack_from(metadata, len(_METADATA_MARK))[0] <= 0:
+            return metadata, ""
+        return metadata, member_id
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._see_membership()
+        self._kept.difference_update((t.topic, t.partition) for t in partitions)
         keys = [key for t in partitions if (key := (t.topic, t.partition)) in self._next]
         if keys and self._listener is not None:
             if self._is_put_out():
@@ -769,6 +823,7 @@ class ConfluentSource:
         if keys and self._listener is not None:
             self._guarded(self._listener.on_lost, [Partition(*key) for key in keys])
         self._forget(keys)
+        self._kept.clear()
 
     def _forget(self, keys: Iterable[tuple[str, int]]) -> None:
         """After a callback that took partitions away; confluent-kafka completes the rebalance behind it."""

@@ -87,6 +87,8 @@ _NOT_ALONG: Final = _WON | {headers.WAITING, headers.REASON}
 _UNNAMED: Final[Mapping[str, bytes | None]] = {}
 #: What is left as it is, for the next owner: its partition went while it ran, or it broke the worker.
 _LEFT: Final = frozenset({"aborted", "broken"})
+#: How long it may take to commit by itself that partitions are worked on, or let go of, in seconds.
+_STORE_S: Final = 5.0
 #: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
 _UNRESOLVED_S: Final = 30.0
 #: How long it is asked where partitions that come were left, in seconds, and for how long at a time: that late is a
@@ -436,6 +438,7 @@ class Loop:
         items: list[Item] = []
         parts, size = self.parts, 0
         fresh: dict[PartitionState, Position] = {}
+        settle_id = ""
         early: dict[PartitionState, int] = {}
         topic, partition, state = "", -1, None  # of the record before: they come by partition
         for record in records:
@@ -452,7 +455,8 @@ class Loop:
                 early[state] = record.offset
                 continue
             if not state.marked:
-                fresh[state] = self._mark(state, record.offset)
+                settle_id = settle_id or self._settle_id()
+                fresh[state] = self._mark(state, record.offset, settle_id)
             wanted = state.take(record.offset)
             if not wanted:
                 self.stats["skipped" if wanted is None else "came again"] += 1
@@ -477,7 +481,7 @@ class Loop:
         if early:
             self._hold_back(early)
         if fresh:
-            self._open(fresh)
+            self._open(fresh, settle_id)
         if items:
             self.in_flight += len(items)
             self.bytes_in_flight += size
@@ -511,20 +515,20 @@ class Loop:
             self.source.pause([state.of])
             self.source.seek(Position(*state.of, offset))
 
-    def _mark(self, state: PartitionState, offset: int) -> Position:
+    def _mark(self, state: PartitionState, offset: int, settle_id: str) -> Position:
         """What to commit before the first record of a partition is run, the one with this offset."""
         if state.position < 0:
             state.position = offset
         state.marked = True
-        return state.commit_point(self._settle_id())
+        return state.commit_point(settle_id)
 
-    def _open(self, fresh: dict[PartitionState, Position]) -> None:
+    def _open(self, fresh: dict[PartitionState, Position], settle_id: str) -> None:
         """Commit that these partitions are being worked on: whoever finds that later knows that this worker crashed.
 
         Before anything of them is run, because a task that ends its process at once would never be found out.
         """
         try:
-            self.source.commit(list(fresh.values()), 5)
+            self._store(list(fresh.values()), settle_id, set(fresh))
         except TransportError as exc:
             # Nothing is lost by it: it comes with the next offsets, and a crash until then is not counted. Another
             # commit of its own would tell of what is finished by then and not settled. Nothing is settled while it is
@@ -534,6 +538,39 @@ class Loop:
                 "Not noted that partitions are being worked on: %s",
                 exc.message,
             )
+
+    def _store(self, positions: list[Position], settle_id: str, states: set[PartitionState]) -> None:
+        """Commit these now, with nothing that follows. Raises TransportError when that is not done within 5 s.
+
+        Exactly once in a transaction: one that comes late is refused, because it names the membership it was made in.
+        The consumer sends a commit that waits for its coordinator as what it is by then, maybe as a member that has
+        not had these partitions for long, and sets back what others have settled.
+        """
+        end = time.monotonic() + _STORE_S
+        if not self.exactly_once:
+            self.source.commit(positions, _STORE_S)
+            return
+        while self._wait_for_settler(end):
+            member = self.source.member()
+            if not member.joined:
+                raise GroupError("This worker is not in the group")
+            batch = self.batch = Batch([], positions, member, settle_id, states)
+            self._settler.give(batch)
+            self._wait_for_settler(end)
+            if batch.settled:
+                return
+            time.sleep(min(max(self._not_before - time.monotonic(), 0), max(end - time.monotonic(), 0)))
+        raise TransportError(f"Not committed within {_STORE_S:g} s", retriable=True)
+
+    def _wait_for_settler(self, end: float) -> bool:
+        """Wait until the settle thread has nothing to do; False when it is not so far by ``end``, or never will be."""
+        while self.batch is not None or self.unknown is not None or not self._ready:
+            if self.failure is not None or time.monotonic() >= end:
+                return False
+            self._collect(0.02)
+            if self.batch is not None or self.unknown is not None:
+                self._settle()
+        return time.monotonic() < end
 
     def _settle_id(self) -> str:
         self._count += 1
@@ -916,6 +953,7 @@ class Loop:
         if verdict.away is not None or self._away:
             self._note_away(verdict, now)
         if verdict.batch is not None and verdict.settled is verdict.batch.items:
+            verdict.batch.settled = True
             self.bytes_unsettled -= verdict.batch.size
         again = [item for item in verdict.again if not item.state.gone]
         if again:
@@ -1070,6 +1108,7 @@ class Loop:
                 return
             if any(decode(p.offset, p.metadata).settle_id == batch.settle_id for p in found):
                 self.stats["answers lost"] += 1
+                batch.settled = True
                 logger.info("The answer to a commit was lost, its transaction was not")
                 self.unknown = None
                 self._weigh()
@@ -1202,6 +1241,8 @@ class Loop:
         batches = [batch for batch in (self.batch, self.unknown) if batch is not None]
         if any(not closing.isdisjoint(batch.states) for batch in batches):
             return
+        if self.exactly_once and self.draining and (batches or not self._ready):
+            return  # it was waited for; the next owner takes it for a crash
         settle_id = self._settle_id()
         positions = []
         for state in closing:
@@ -1211,7 +1252,7 @@ class Loop:
         if not positions:
             return
         try:
-            self.source.commit(positions, 5)
+            self._store(positions, settle_id, set(closing))
         except TransportError as exc:
             logger.info("Not noted that partitions were let go of as they should be: %s", exc.message)
 

@@ -58,6 +58,8 @@ class Batch:
     since: float = 0.0
     #: Bytes of the records.
     size: int = 0
+    #: True once all of it is known to be durable.
+    settled: bool = False
 
 
 @dataclass(slots=True)

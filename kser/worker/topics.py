@@ -22,6 +22,7 @@ _AGAIN_S: Final = 0.1
 #: Longest wait for one answer, so that a broker that is down is told of soon; a creation takes longer.
 _ANSWER_S: Final = 10.0
 _CREATE_S: Final = 30.0
+_ELECTION_S: Final = 30.0
 #: Answers of a broker that lets this client create nothing.
 _FORBIDDEN: Final = ("TOPIC_AUTHORIZATION_FAILED", "CLUSTER_AUTHORIZATION_FAILED")
 
@@ -89,7 +90,8 @@ def ensure_group_topics(
     tasks = dict.fromkeys(topic for topic in topics if not topic.startswith("^"))
     plan = TopicPlan(group=group, tasks=tasks, features=features, used=features, servers=servers)
     embedded = not admin.can_create(_left(end))
-    there = admin.describe(plan.names, _left(end))
+    # A cluster that answers may be electing a controller, for one that died: that is waited for.
+    there = admin.describe(plan.names, _left(end, _ELECTION_S))
     # In memory everything begins empty, in each test: there a worker makes the task topics, too.
     if create and not embedded and (all(task in there for task in tasks) or admin.cluster_id(_left(end)) == _IN_MEMORY):
         missing = [spec for spec in plan.specs(there) if spec.name not in there]
@@ -127,7 +129,7 @@ def _make(admin: TopicAdmin, plan: TopicPlan, missing: Sequence[TopicSpec], end:
 def _seen(admin: TopicAdmin, names: Sequence[str], end: float) -> dict[str, TopicInfo]:
     """Topics that were just made, as they are: what another worker made may be unknown to a broker for a moment."""
     while True:
-        there = admin.describe(names, _left(end))
+        there = admin.describe(names, _left(end, _ELECTION_S))
         unseen = [name for name in names if name not in there]
         if not unseen:
             return there

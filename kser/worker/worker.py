@@ -256,15 +256,14 @@ class Worker:
             return
         transport = self._transport or self._connect()
         admin = transport.admin()
-        delivery = self._choose_delivery(admin)
-        ensure_group_topics(
-            admin,
-            self.group,
-            self.topics,
-            create=self.create_topics,
-            features=(WORKER_FEATURES - _TOLD_IN["all"]) | _TOLD_IN[self.events],
-            servers=self._config.get("bootstrap.servers"),
-        )
+        try:
+            delivery = self._choose_delivery(admin)
+            self._ensure_topics(admin)
+        except TransportError as exc:
+            if not self._stop:
+                raise
+            logger.info("Asked to stop before it had begun: %s", exc.message)
+            return
         limit = max_message_bytes()
         with stopping_on_signals(self.stop), take_slot(self.group, self.name if self._static else None) as slot:
             self.name, self.delivery = slot.id, delivery
@@ -405,6 +404,16 @@ class Worker:
                 "nobody: use at_least_once here, or a real Kafka"
             )
         return self.delivery or ("at_least_once" if embedded else "exactly_once")
+
+    def _ensure_topics(self, admin: TopicAdmin) -> None:
+        ensure_group_topics(
+            admin,
+            self.group,
+            self.topics,
+            create=self.create_topics,
+            features=(WORKER_FEATURES - _TOLD_IN["all"]) | _TOLD_IN[self.events],
+            servers=self._config.get("bootstrap.servers"),
+        )
 
     def _note(self, now_ms: int) -> WorkerNote:
         """What it tells of itself."""

@@ -176,6 +176,9 @@ class _Run:
             self.say(f"all workers have ended, the slowest {max(self.fleet.took_s):.1f} s after SIGTERM")
         verdict = self.judge()
         self.say(verdict.told(chaos.delivery))
+        if verdict.faults(chaos.delivery):  # where only what was printed is kept, as in CI
+            for log in sorted(self.logs.glob("*.log")):
+                self.say(f"the end of {log.name}:\n{self.fleet.log_tail(log.stem)}")
         return Outcome(
             verdict, self.done, time.monotonic() - self.began, max(self.fleet.took_s, default=0.0), self.lines
         )

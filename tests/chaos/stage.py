@@ -27,7 +27,7 @@ __all__ = ["Stage", "StageSettings"]
 
 OPERATIONS = 6
 PARTITIONS = 2
-KEYS = 3
+KEYS = 6
 SESSION_S = 3.0
 #: Operations are launched by the one registry that a process has.
 _LAUNCHING = threading.Lock()

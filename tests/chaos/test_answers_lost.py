@@ -38,10 +38,11 @@ def lost(kafka, logs, *, api, what, first=FIRST, cut=False, delivery="exactly_on
 
 
 def note_lost(kafka, logs, *, what, cut=False):
-    """That partitions are being worked on is committed first, beside the transactions, and would set them back."""
+    """That partitions are being worked on is committed first, and would set back what is committed after it."""
+    client = {"socket.timeout.ms": REQUEST_MS}
     with (
         KafkaProxy(kafka.bootstrap_servers) as proxy,
-        Stage(kafka, logs, via=proxy.bootstrap_servers, client={"socket.timeout.ms": REQUEST_MS}) as stage,
+        Stage(kafka, logs, delivery="at_least_once", via=proxy.bootstrap_servers, client=client) as stage,
     ):
         lose = proxy.lose_answer if what == "answer" else proxy.lose_request
         rule = lose("OffsetCommit", cut=cut)
@@ -52,6 +53,20 @@ def note_lost(kafka, logs, *, what, cut=False):
         stage.wait_done()
         stage.check()
         assert rule.hits == 1
+
+
+def nothing_beside_transactions(kafka, logs):
+    """Exactly once: a commit of the consumer may come late, and is sent as whatever member there is by then."""
+    with KafkaProxy(kafka.bootstrap_servers) as proxy, Stage(kafka, logs, via=proxy.bootstrap_servers) as stage:
+        rule = proxy.lose_request("OffsetCommit", count=None)
+        for _ in range(2):  # it lets go of its partitions, and another life of it takes them over
+            stage.launch()
+            stage.start()
+            stage.wait_done()
+            stage.fleet.end()
+        stage.check()
+        assert rule.hits == 0
+        assert "crashed" not in stage.whole_log()
 
 
 def hangs(kafka, logs, *, api, protocol="classic"):
@@ -124,9 +139,10 @@ SCENARIOS = {
     "at least once, offsets stored, connection cut": partial(
         lost, api="OffsetCommit", what="answer", first=1, cut=True, delivery="at_least_once"
     ),
-    "work noted, no answer": partial(note_lost, what="answer"),
-    "work never noted": partial(note_lost, what="request"),
-    "work noted, connection cut": partial(note_lost, what="answer", cut=True),
+    "nothing is committed beside transactions": nothing_beside_transactions,
+    "at least once, work noted, no answer": partial(note_lost, what="answer"),
+    "at least once, work never noted": partial(note_lost, what="request"),
+    "at least once, work noted, connection cut": partial(note_lost, what="answer", cut=True),
     "records stored, connection cut": partial(lost, api="Produce", what="answer", cut=True),
     "at least once, records stored, connection cut": partial(
         lost, api="Produce", what="answer", cut=True, delivery="at_least_once"
@@ -137,7 +153,7 @@ SCENARIOS = {
 
 
 #: They wait for the client to give a request up.
-LONG = ("work noted, no answer", "work never noted")
+LONG = ("at least once, work noted, no answer", "at least once, work never noted")
 
 
 @pytest.mark.parametrize("scenario", names(SCENARIOS, LONG))

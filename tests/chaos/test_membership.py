@@ -1,10 +1,11 @@
-"""KIP-848: a member that missed what the coordinator told it gets back into step by itself."""
+"""A member that is out of step with its coordinator gets back into step by itself, and doubles nothing meanwhile."""
 
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -26,16 +27,33 @@ DEAF_S = 2.0
 #: docs/worker.md promises 30 s; the rest is for a busy machine.
 WITHIN_S = 40
 
+KIP_848 = {"group.protocol": "consumer"}
+CLASSIC = {"session.timeout.ms": "3000", "heartbeat.interval.ms": "500"}
+
+#: The settle thread is given up after this time, in seconds; until then it takes part in no round of the group.
+SETTLE_LIMIT_S = 12
+
 LONG = pytest.mark.long
 
 
 class Member:
     """A member of the group, polled by a thread of its own."""
 
-    def __init__(self, bootstrap: str, group: str, topic: str, name: str | None = None) -> None:
-        transport = ConfluentTransport({"bootstrap.servers": bootstrap, "group.protocol": "consumer"})
+    def __init__(
+        self,
+        bootstrap: str,
+        group: str,
+        topic: str,
+        name: str | None = None,
+        *,
+        settings: Mapping[str, str] = KIP_848,
+        revoking: Callable[["Member"], object] = lambda member: None,
+    ) -> None:
+        transport = ConfluentTransport({"bootstrap.servers": bootstrap, **settings})
         self.owned: frozenset[int] = frozenset()
         self.told: list[str] = []
+        #: Called while it lets go of partitions.
+        self._revoking = revoking
         self._source: Source = transport.source(group, member_id=name)
         self._stop = threading.Event()
         self._source.subscribe([topic], self)
@@ -47,6 +65,11 @@ class Member:
 
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
         self.told.append("revoke")
+        self._revoking(self)
+
+    def joined(self) -> bool:
+        """Whether it may commit. In a callback, or its own thread."""
+        return self._source.member().joined
 
     def on_lost(self, partitions: Sequence[Partition]) -> None:
         self.told.append("lost")
@@ -140,6 +163,63 @@ def test_a_member_that_was_not_told_what_it_was_given_takes_it(
     wait_shared(apache, group, first)
 
 
+@pytest.mark.parametrize("name", [None, "first"])
+def test_a_member_put_out_while_it_lets_go_of_a_partition_loses_the_others(
+    apache: ApacheKafka, proxy: KafkaProxy, opened: ExitStack, name
+):
+    """librdkafka 2.16 keeps them and says nothing; others have had them, and what was known of them is out of date."""
+    group, topic = group_of(apache)
+    may_go_on = threading.Event()
+
+    def revoking(member: Member) -> None:
+        if may_go_on.is_set():
+            return
+        rule = proxy.lose_request("Heartbeat", count=None)
+        assert may_go_on.wait(WITHIN_S)
+        rule.end()
+        proxy.cut_all()  # what was asked meanwhile is asked again
+        eventually(lambda: not member.joined(), WITHIN_S, "it knows that it is out")
+
+    first = Member(proxy.bootstrap_servers, group, topic, name, settings=CLASSIC, revoking=revoking)
+    opened.callback(first.close)
+    wait_shared(apache, group, first)
+    second = Member(apache.bootstrap_servers, group, topic, settings=CLASSIC)
+    opened.callback(second.close)
+    eventually(lambda: second.owned == frozenset(range(PARTITIONS)), WITHIN_S, "the second one has all")
+    may_go_on.set()
+    eventually(lambda: len(first.told) > 3, WITHIN_S, "the first one has partitions again")
+    wait_shared(apache, group, first, second)
+    assert first.told[:4] == ["assign", "revoke", "lost", "assign"]
+
+
+@pytest.mark.parametrize("named", [True, pytest.param(False, marks=LONG)])
+def test_a_worker_put_out_while_it_lets_go_of_a_partition_settles_nothing_of_the_others(
+    apache: ApacheKafka, proxy: KafkaProxy, tmp_path, named
+):
+    """Seen in the fault suite: it had run records of another partition, and others ran that to its end meanwhile."""
+    with Stage(apache, tmp_path, named=named, via=proxy.bootstrap_servers) as stage:
+        settling = proxy.lose_answer("AddOffsetsToTxn", first=3, count=None)
+        stage.launch()
+        stage.start(settle_limit_s=SETTLE_LIMIT_S)  # it waits for its settling while it lets go
+        wait_hit(settling)
+        stage.launch(seed=2)
+        stage.fleet.settings = replace(stage.settings, bootstrap=apache.bootstrap_servers)
+        stage.fleet.start("other")
+        eventually(lambda: stable(apache, stage.group, 2), 20, "the worker is told to let go of a partition")
+        heartbeats = proxy.lose_request("Heartbeat", count=None)
+        wait_hit(heartbeats)
+        eventually(lambda: len(apache_members(apache, stage.group)) == 1, 20, "the worker is out of the group")
+        stage.wait_done()
+        heartbeats.end()
+        settling.end()
+        proxy.cut_all()
+        stage.launch(seed=3)
+        eventually(lambda: len(apache_members(apache, stage.group)) == 2, WITHIN_S, "the worker is in the group again")
+        stage.launch(seed=4)
+        stage.wait_done()
+        stage.check()
+
+
 @pytest.mark.parametrize("delivery", ["exactly_once", pytest.param("at_least_once", marks=LONG)])
 def test_a_worker_that_joins_anew_loses_nothing_and_exactly_once_doubles_nothing(
     apache: ApacheKafka, proxy: KafkaProxy, opened: ExitStack, tmp_path, delivery
@@ -161,6 +241,11 @@ def test_a_worker_that_joins_anew_loses_nothing_and_exactly_once_doubles_nothing
         other.close()
         stage.wait_done()
         stage.check()
+
+
+def stable(apache: ApacheKafka, group: str, members: int) -> bool:
+    state, *lines = group_state(apache.admin, group)
+    return state.endswith("STABLE") and len(lines) == members
 
 
 def apache_members(apache: ApacheKafka, group: str) -> list[str]:

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 import uuid
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import pytest
 
@@ -496,6 +498,19 @@ def test_a_stop_is_heard_while_it_is_not_known_what_was_told_to_the_group(regist
     assert one.thread.is_alive()
     one.stop(5)
     assert one.error is None
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_no_answer_at_the_start_is_no_failure_of_one_that_was_asked_to_stop_meanwhile(registry, stopped):
+    class Dead(MemoryTransport):
+        def admin(self):
+            if stopped:
+                worker.stop()
+            return Mock(cluster_id=Mock(side_effect=TransportError("no broker answers")))
+
+    worker = Worker(registry, topics=[TOPIC], group=GROUP, transport=Dead())
+    with nullcontext() if stopped else pytest.raises(TransportError, match="no broker answers"):
+        worker.run()
 
 
 def test_missing_group_topics_are_refused_when_they_may_not_be_made(registry):
