@@ -401,15 +401,16 @@ class Projection:
         """An operation, or a new run of it, began when the first of its steps did; its own event is told after that."""
         build = self._tables.build
         step = aliased(build)
-        began = (
-            select(func.min(step.c.start_time))
-            .where(step.c.root == build.c.uuid, step.c.uuid != build.c.uuid, step.c.run == build.c.run)
-            .scalar_subquery()
+        first = (
+            select(step.c.root, step.c.run, func.min(step.c.start_time).label("began"))
+            .where(among(connection, step.c.root, roots), step.c.root != step.c.uuid, step.c.start_time.is_not(None))
+            .group_by(step.c.root, step.c.run)
+            .subquery("first")
         )
-        earlier = or_(build.c.start_time.is_(None), began < build.c.start_time)
-        here = and_(among(connection, build.c.uuid, roots), began.is_not(None), earlier)
-        created = case((build.c.created > began, began), else_=build.c.created)
-        connection.execute(update(build).where(here).values(start_time=began, created=created))
+        earlier = or_(build.c.start_time.is_(None), first.c.began < build.c.start_time)
+        here = and_(build.c.uuid == first.c.root, build.c.run == first.c.run, earlier)
+        created = case((build.c.created > first.c.began, first.c.began), else_=build.c.created)
+        connection.execute(update(build).where(here).values(start_time=first.c.began, created=created))
         # A run that was sent goes on once a step of it is told of, unless it tells of itself, that it waits say.
         event = self._tables.event
         own = exists().where(event.c.uuid == build.c.uuid, event.c.run == build.c.run)

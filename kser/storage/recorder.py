@@ -11,7 +11,7 @@ from kser.events import events_topic
 from kser.storage.projection import Batch, Projection, StaleError
 from kser.storage.sql import SqlStorage
 from kser.transport import Partition, Position, Record, Source, Transport
-from kser.worker.collecting import collecting_rarely
+from kser.worker.interpreter import collecting_rarely, quick_turns
 from kser.worker.topic_plan import Feature
 from kser.worker.topics import ensure_group_topics
 
@@ -99,7 +99,7 @@ class Recorder:
         source = self._transport.source(recorder_group(self.group, self._storage.id))
         try:
             source.subscribe(topics_of(self.group), self)
-            with collecting_rarely():
+            with quick_turns(), collecting_rarely():
                 self._record(source, projection)
         finally:
             source.close()

@@ -3,11 +3,10 @@
 import logging
 import os
 import socket
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Final, Literal, get_args
 
 from kser import loading, loghandler
@@ -18,10 +17,10 @@ from kser.producer import max_message_bytes
 from kser.sequencing.itinerary import VERSION
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import TopicAdmin, Transport
-from kser.worker.collecting import collecting_rarely
 from kser.worker.control import Aborted, ControlWatch
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
+from kser.worker.interpreter import collecting_rarely, quick_turns
 from kser.worker.loop import Loop
 from kser.worker.members import check_config, member_processes, places, raise_for
 from kser.worker.pool import IsolatedPool
@@ -49,8 +48,6 @@ _TOLD_IN: Final[dict[str, frozenset[Feature]]] = {
     "all": frozenset({Feature.EVENTS, Feature.TELEMETRY}),
 }
 
-#: How long a busy thread keeps the GIL while others want it, in seconds.
-_TURN_S: Final = 0.0005
 #: Longest wait for what was told to the group before the worker started, in seconds.
 _TOLD_S: Final = 60.0
 #: How late a stop is heard meanwhile, in seconds.
@@ -313,7 +310,7 @@ class Worker:
                     )
                     self._relay.start()
                 logs = loghandler.installed() if telemetry is not None else nullcontext()
-                with _quick_turns(), collecting_rarely(), logs:
+                with quick_turns(), collecting_rarely(), logs:
                     self._loop.run(until_idle=until_idle)
             finally:
                 self.drains()
@@ -428,21 +425,6 @@ class Worker:
             if any(cls.isolate for cls in self.controller.ENTRYPOINTS.values()):
                 raise
             return None  # what may have crashed a worker then runs in this process, one at a time
-
-
-@contextmanager
-def _quick_turns() -> Iterator[None]:
-    """Threads take turns more often for as long as a worker runs.
-
-    The client takes the GIL for each delivery report, and waits its turn each time: beside one busy thread 500
-    confirmed records took 200 ms with Python's 5 ms, and 5 ms with 0.2 ms.
-    """
-    turn = sys.getswitchinterval()
-    sys.setswitchinterval(min(turn, _TURN_S))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(turn)
 
 
 def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from kser.errors import StorageError
 from kser.events import Event, read
 from kser.storage.projection import Projection, StaleError
+from kser.storage.values import clean_text
 from kser.tracebacks import TracebackInfo
 from kser.transport import Partition, Record
 from tests.recording import START_MS, Tape, differences, result, snapshot
@@ -616,7 +617,10 @@ def test_what_is_no_record_of_ours_is_passed_over(storage, value):
     assert storage.history.list_projections()[0].next_offset == 1
 
 
-@pytest.mark.parametrize("uuid", ["\x00\ud800é", "x" * 20_000, "ü" * 900, "a'b\"c\\d"])
+@pytest.mark.parametrize(
+    "uuid",
+    ["\x00\ud800é", "x" * 20_000, "ü" * 900, "a'b\"c\\d", "\\N", "\\.", "a\tb\nc\rd\\te\\", "\x0b\u2028\x85"],
+)
 def test_any_uuid_and_any_text_can_be_stored_and_comes_again_as_the_same(storage, uuid):
     """PostgreSQL takes no NUL, UTF-8 no lone surrogates, an index no long names."""
     tape = Tape()
@@ -630,6 +634,7 @@ def test_any_uuid_and_any_text_can_be_stored_and_comes_again_as_the_same(storage
     assert len(snapshot(storage)["event"]) == 1
     found = storage.history.get_operation(row["uuid"])
     assert found.result["retval"] == retval
+    assert found.result["stdout"] == found.note == clean_text(uuid)
     assert found.to_json(details=True)["status"] == "SUCCESS"
 
 
