@@ -1197,7 +1197,7 @@ class Loop:
         """Others may own them already: drop everything, commit nothing."""
         self._shut([self.parts[partition] for partition in partitions if partition in self.parts])
         self._forget(partitions)
-        self._joined = False
+        self._joined, self._join_said = False, time.monotonic()
         logger.warning("Lost: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
 
     def _shut(self, states: Iterable[PartitionState]) -> None:
