@@ -37,6 +37,8 @@ _METADATA_BYTES: Final = 4095
 _AGAIN_S: Final = 0.1
 #: Longest single question to the coordinator, so that the next one can go to another broker.
 _QUESTION_S: Final = 5.0
+#: Under KIP-848: for so many times as long as nothing is given of new partitions they may be others' too.
+_YOUNG: Final = 4
 #: A name that a dead member still holds: seconds between two tries to get it, and between two lines in the log.
 _NAME_AGAIN_S: Final = 1.0
 _NAME_LOG_S: Final = 10.0
@@ -68,6 +70,7 @@ class ConfluentMember:
     joined: bool
     #: What it owned at that moment: brokers check the member, not whose the partition is.
     owned: frozenset[tuple[str, int]] = frozenset()
+    round: object = None
 
 
 @dataclass(slots=True)
@@ -153,6 +156,9 @@ class ConfluentSource:
         #: Under KIP-848: partitions that came just now, and until when nothing is given of them; for how long that is.
         self._unsure: dict[tuple[str, int], float] = {}
         self._sure_s: float | None = None
+        #: Until when others may believe that what came last is theirs, and which round that is.
+        self._young_until = 0.0
+        self._round = 0
         #: Assigned during the current consume() call.
         self._just_assigned: set[tuple[str, int]] = set()
         #: What a callback raised or the client reported, for the next poll().
@@ -243,7 +249,9 @@ class ConfluentSource:
         self._check_open()
         metadata, member_id = self._membership()
         joined = bool(member_id) and (member_id == self._member_id or not self._next)
-        return ConfluentMember(metadata, joined, frozenset(self._next))
+        if time.monotonic() < self._young_until:
+            self._round += 1
+        return ConfluentMember(metadata, joined, frozenset(self._next), (metadata, self._round))
 
     def close(self, timeout_s: float = 10) -> None:
         """See Source.
@@ -682,6 +690,14 @@ class ConfluentSource:
         self._forget(lost)
         self._kept |= kept
 
+    def retake(self, partitions: Sequence[Partition]) -> None:
+        """See Source."""
+        keys = [key for p in partitions if (key := (p[0], p[1])) in self._next]
+        if keys and self._listener is not None:
+            self._listener.on_lost([Partition(*key) for key in keys])
+        self._forget(keys)
+        self._kept.update(keys)
+
     def _take_over_again(self) -> None:
         """Outside of a round: the client has these partitions, and reads on where it was."""
         keys, self._kept = list(self._kept), set()
@@ -724,8 +740,11 @@ class ConfluentSource:
                 if again := [TopicPartition(*key) for key in keys if key in has]:
                     self._consumer.incremental_unassign(again)
                 self._consumer.incremental_assign(targets)
-            else:
+            elif len(keys) == len(self._next):
                 self._consumer.assign(targets)
+            else:  # again, some of them
+                for target in targets:
+                    self._place(target.topic, target.partition, target.offset)
             # librdkafka keeps a pause over revocation and a new assignment.
             self._consumer.resume([TopicPartition(*key) for key in keys])
             self._make_sure(keys)
@@ -742,7 +761,9 @@ class ConfluentSource:
             return
         if self._sure_s is None:
             self._sure_s = 1.25 * self._admin.heartbeat_interval_s(self.group)
-        self._unsure.update(dict.fromkeys(keys, time.monotonic() + self._sure_s))
+        now = time.monotonic()
+        self._unsure.update(dict.fromkeys(keys, now + self._sure_s))
+        self._young_until = now + _YOUNG * self._sure_s
         self._consumer.pause([TopicPartition(*key) for key in keys])
 
     def _give_sure(self) -> None:
@@ -809,6 +830,7 @@ class ConfluentSource:
                 return
             self._guarded(self._listener.on_revoke, [Partition(*key) for key in keys])
         self._forget(keys)
+        self._kept.difference_update((t.topic, t.partition) for t in partitions)
 
     def _is_put_out(self) -> bool:
         """Whether the group put this member out after the event was queued and before poll() came to it."""

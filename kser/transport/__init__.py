@@ -105,6 +105,13 @@ class GroupMember(Protocol):
     def joined(self) -> bool:
         """False before the group has been joined: then nothing may be committed with it (KAFKA.md finding 4)."""
 
+    @property
+    def round(self) -> object:
+        """Another one as soon as the partitions of this member may be others' too, and it would not know yet.
+
+        Brokers refuse what is committed by its member and generation, not by whose the partition is.
+        """
+
 
 class RebalanceListener(Protocol):
     """Told of partitions that come and go, inside Source.poll() and Source.close(), in the thread that calls those."""
@@ -188,6 +195,9 @@ class Source(Protocol):
 
     def member(self) -> GroupMember:
         """This member as of now, for Sink.send_offsets()."""
+
+    def retake(self, partitions: Sequence[Partition]) -> None:
+        """Take these over anew, as far as they are owned: on_lost now, on_assign from poll(). Not inside on_assign."""
 
     def close(self, timeout_s: float = 10) -> None:
         """Leave the group. Calls on_revoke for what is still owned. A second call does nothing."""

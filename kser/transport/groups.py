@@ -94,6 +94,11 @@ class Membership:
         """False before the first poll() of a subscribed source, and after close()."""
         return self.member is not None and self.generation > 0
 
+    @property
+    def round(self) -> object:
+        """Each generation is another one."""
+        return self.member, self.generation
+
 
 def assign(eligible: Mapping[str, Set[Partition]], previous: Mapping[str, Set[Partition]]) -> dict[str, set[Partition]]:
     """Who gets what: every partition once, loads as even as the subscriptions allow, as little moved as that takes.

@@ -368,6 +368,13 @@ class MemorySource:
             generation = self._member.generation if self._member is not None else 0
             return Membership(self._group.name, self._member, generation)
 
+    def retake(self, partitions: Sequence[Partition]) -> None:
+        """Take these over anew: on_lost now, on_assign from the next poll()."""
+        owned = [partition for partition in partitions if partition in self._assigned.positions]
+        if owned:
+            self._tell("lost", owned)
+            self._release(owned)
+
     # -- leaving -----------------------------------------------------------------------------------------------------
 
     def close(self, timeout_s: float = 10) -> None:  # noqa: ARG002 - never waits

@@ -31,7 +31,7 @@ from kser.errors import (
 )
 from kser.events import events_topic
 from kser.results import Result
-from kser.transport import Partition, Position, Record, Sink, Source, Transport
+from kser.transport import GroupMember, Partition, Position, Record, Sink, Source, Transport
 from kser.worker.control import ControlWatch
 from kser.worker.dead_letters import LEAST_BYTES, dead_letter
 from kser.worker.dispatch import Dispatcher, Item
@@ -89,6 +89,8 @@ _UNNAMED: Final[Mapping[str, bytes | None]] = {}
 _LEFT: Final = frozenset({"aborted", "broken"})
 #: How long it may take to commit by itself that partitions are worked on, or let go of, in seconds.
 _STORE_S: Final = 5.0
+#: How long it may take to read what is committed before something is settled, in seconds.
+_VERIFY_S: Final = 2.0
 #: How long partitions that come wait for a batch of their last assignment, in seconds, on top of two settle limits.
 _UNRESOLVED_S: Final = 30.0
 #: How long it is asked where partitions that come were left, in seconds, and for how long at a time: that late is a
@@ -482,6 +484,9 @@ class Loop:
             self._hold_back(early)
         if fresh:
             self._open(fresh, settle_id)
+            if any(state.closed for state in fresh):  # others had it
+                items = [item for item in items if not item.state.closed]
+                size = size_of(items)
         if items:
             self.in_flight += len(items)
             self.bytes_in_flight += size
@@ -554,6 +559,8 @@ class Loop:
             member = self.source.member()
             if not member.joined:
                 raise GroupError("This worker is not in the group")
+            if not self._verify(states, member):
+                raise GroupError("It is not sure that the partitions are this worker's")
             batch = self.batch = Batch([], positions, member, settle_id, states)
             self._settler.give(batch)
             self._wait_for_settler(end)
@@ -872,6 +879,9 @@ class Loop:
             if not member.joined:  # a classic group would take such a commit unchecked (KAFKA.md finding 4)
                 self._not_before = now + _BACKOFF_S
                 return
+            if not self._verify({item.state for item in self.pending}, member):
+                self._not_before = max(self._not_before, now + _SETTLE_EVERY_S)
+                return
         items: list[Item] = self.pending
         later: list[Item] = []
         if self._away:
@@ -898,6 +908,37 @@ class Loop:
         self.batch = Batch(items, positions, member, settle_id, states)
         self.batch.size = size_of(items) if held else self.bytes_unsettled
         self._settler.give(self.batch)
+
+    def _verify(self, states: Iterable[PartitionState], member: GroupMember) -> bool:
+        """Exactly once: whether nobody else has committed anything of these since this worker did.
+
+        Looked at once in each round of the group. Kafka takes what a member commits of a partition that is not its own
+        any more, and a member may not know that yet: after a broker died two members of a KIP-848 group had one
+        partition, and both settled what they had run of it.
+        """
+        doubtful = {state.of: state for state in states if state.round != member.round and not state.gone}
+        if not doubtful:
+            return True
+        try:
+            found = self.source.committed(list(doubtful), timeout_s=_VERIFY_S)
+        except TransportError as exc:
+            logger.info("Not settled before it is known what is committed: %s", exc.message)
+            return False
+        others = []
+        for position in found:
+            state = doubtful[position.of]
+            if decode(position.offset, position.metadata).settle_id == state.known:
+                state.round = member.round
+            else:
+                others.append(position.of)
+        if others:
+            self.stats["taken over"] += len(others)
+            logger.warning(
+                "Others have gone on with %s: what was run here and not settled is dropped",
+                ", ".join(f"{of.topic}/{of.partition}" for of in others),
+            )
+            self.source.retake(others)
+        return not others
 
     def _without_away(self, now: float) -> tuple[list[Item], list[Item]]:
         """What is settled now, and what waits for topics whose brokers are away, with what is behind it in its lane."""
@@ -953,7 +994,7 @@ class Loop:
         if verdict.away is not None or self._away:
             self._note_away(verdict, now)
         if verdict.batch is not None and verdict.settled is verdict.batch.items:
-            verdict.batch.settled = True
+            verdict.batch.settle()
             self.bytes_unsettled -= verdict.batch.size
         again = [item for item in verdict.again if not item.state.gone]
         if again:
@@ -1108,12 +1149,14 @@ class Loop:
                 return
             if any(decode(p.offset, p.metadata).settle_id == batch.settle_id for p in found):
                 self.stats["answers lost"] += 1
-                batch.settled = True
+                batch.settle()
                 logger.info("The answer to a commit was lost, its transaction was not")
                 self.unknown = None
                 self._weigh()
                 return
         self.unknown = None
+        for state in batch.states:
+            state.round = None
         logger.info("A batch of %d records was not committed: settled again", len(batch.items))
         self.pending = [*(item for item in batch.items if not item.state.gone), *self.pending]
         self._weigh()

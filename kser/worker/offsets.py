@@ -174,12 +174,14 @@ class PartitionState:
         "closed",
         "crashes",
         "gone",
+        "known",
         "lanes",
         "marked",
         "met",
         "of",
         "parked",
         "position",
+        "round",
         "running",
         "seen",
         "was_open",
@@ -204,6 +206,9 @@ class PartitionState:
         #: Position and end of the partition when it was quiet: as seen last, and as fetched anew for.
         self.seen: tuple[int, int] | None = None
         self.met: tuple[int, int] | None = None
+        #: The settle id of what is committed of it, as far as this owner knows, and in which round that was looked at.
+        self.known = ""
+        self.round: object = None
         #: Where this assignment began; -1 when nothing was committed.
         self.base = committed.offset if committed is not None else -1
         self._inherited: set[int] = set()
@@ -216,6 +221,7 @@ class PartitionState:
         self.was_open = False
         if committed is not None and committed.offset >= 0:
             found = decode(committed.offset, committed.metadata)
+            self.known = found.settle_id
             self.position = committed.offset
             if found.end > committed.offset:
                 self._inherited, self._inherited_end = set(found.unfinished), found.end

@@ -61,6 +61,14 @@ class Batch:
     #: True once all of it is known to be durable.
     settled: bool = False
 
+    def settle(self) -> None:
+        """Note that all of it is durable. In the poll thread."""
+        self.settled = True
+        committed = {position.of for position in self.positions}
+        for state in self.states:
+            if state.of in committed:
+                state.known = self.settle_id
+
 
 @dataclass(slots=True)
 class Verdict:

@@ -20,7 +20,7 @@ from kser.worker import worker as worker_module
 from kser.worker.dispatch import Item
 from kser.worker.executor import Executor
 from kser.worker.members import raise_for
-from kser.worker.offsets import PartitionState, decode
+from kser.worker.offsets import PartitionState, decode, encode
 from kser.worker.runner import Outcome, Runner
 from kser.worker.settle import Batch, _rounds
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
@@ -749,6 +749,75 @@ def test_at_least_once_nothing_is_settled_while_a_commit_is_out_that_would_set_i
     wait_for(lambda: committed(transport) == 3)
     time.sleep(0.1)
     assert committed(transport) == 3
+    one.stop()
+
+
+class Beside:
+    """A member that wants nothing but to be in the group."""
+
+    def __init__(self, transport):
+        self.source = transport.source(GROUP)
+        self.source.subscribe(["no such topic"], self)
+        self.source.poll(0)
+
+    def on_assign(self, partitions): ...
+
+    def on_revoke(self, partitions): ...
+
+    def on_lost(self, partitions): ...
+
+
+@pytest.fixture
+def one_partition(registry):
+    transport = MemoryTransport(auto_create=False)
+    transport.admin().create([TopicSpec(name=TOPIC, partitions=1)])
+    registry.configure(producer=BaseProducer(transport.sink()), topic=TOPIC)
+    return transport
+
+
+def test_nothing_is_settled_of_a_partition_that_others_have_gone_on_with(registry, one_partition):
+    """KIP-848: for a moment two members may have one partition, and Kafka takes what both of them commit."""
+    runs, begun, end = [], threading.Event(), threading.Event()
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            runs.append(self.params["n"])
+            begun.set()
+            assert end.wait(5)
+
+    for n in range(3):
+        Step(params={"n": n}).send(key="k")
+    one = Running(registry, one_partition)
+    assert begun.wait(5)
+    with one_partition._cluster.changed:  # as if another member had settled the first two
+        others = Position(TOPIC, 0, 2, encode("other.1.7", 2, 2, ()))
+        one_partition._cluster.group(GROUP).store(others, one_partition._cluster.next_sequence())
+    Beside(one_partition)
+    end.set()
+    wait_for(lambda: committed(one_partition) == 3)
+    assert one.worker.stats["taken over"] == 1
+    done = [event for event in read(one_partition.records(f"{GROUP}.events")) if event.type == EventType.STEP_DONE]
+    assert len(done) == 1  # the third: what was run of the others was dropped
+    assert runs[-1] == 2
+    one.stop()
+
+
+def test_a_group_that_changes_is_no_reason_to_drop_anything(registry, one_partition):
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            time.sleep(0.01)
+
+    for _ in range(60):
+        Step().send(key="k")
+    one = Running(registry, one_partition)
+    for _ in range(10):
+        time.sleep(0.05)
+        Beside(one_partition)
+    wait_for(lambda: committed(one_partition) == 60)
+    assert one.worker.stats["taken over"] == one.worker.stats["came again"] == 0
+    assert one.worker.stats["done"] == 60
     one.stop()
 
 
