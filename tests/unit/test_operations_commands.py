@@ -12,12 +12,13 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from kser import Operation, OperationRegistry, Result, Task
+from kser import Operation, OperationRegistry, Result, Task, results
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
 from kser.cli.operations.live import LiveOperation
 from kser.cli.operations.tree import TreeView, render
 from kser.cli.operations.view import duration, table
+from kser.errors import AbortedError
 from kser.events import Event
 from kser.masking import MASK
 from kser.producer import BaseProducer
@@ -224,6 +225,16 @@ def test_one_operation_is_shown_with_its_tasks_and_how_to_go_on(run, storage):
     task = run("operations", "show", "bad-00000/1").output
     assert "  operation bad-00000\n" in task
     assert "run it again" not in task
+
+
+def test_what_was_aborted_before_it_ran_has_no_traceback(run, storage):
+    tape = Tape()
+    aborted = results.from_exception(AbortedError("shop.Task[lone-0000]: was aborted:\nnot wanted"), "lone-0000")
+    tape.event("step.aborted", "lone-0000", status="ABORTED", result=aborted)
+    record(storage, tape)
+    shown = run("operations", "show", "lone-0000").output
+    assert "  error     shop.Task[lone-0000]: was aborted:\n" in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize(
