@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import linecache
+import logging
 import re
 import sys
 import types
@@ -21,9 +22,9 @@ import orjson
 
 from kser.errors import ValidationError
 from kser.masking import MASK, extra_words, looks_secret, looks_secret_by, mask_text
-from kser.stacks import format_exception_only
+from kser.stacks import format_exception, format_exception_only
 
-__all__ = ["FrameInfo", "TracebackInfo", "hide", "secret_values"]
+__all__ = ["FrameInfo", "TracebackInfo", "hide", "log_raised", "secret_values"]
 
 #: Lines of code before and after the one that was being run.
 CONTEXT: Final = 5
@@ -422,6 +423,20 @@ def secret_values(exc: BaseException) -> list[str]:
     secrets = _Secrets()
     _search(_variables_behind(exc, []), secrets)
     return sorted(secrets.values, key=len, reverse=True)
+
+
+def log_raised(logger: logging.Logger, message: str, *args: object) -> None:
+    """What logger.exception() logs of the exception that is being handled, without the values that must not be shown.
+
+    Where there are such values the record has no exc_info: who gets it would write them.
+    """
+    exc = sys.exception()
+    text = "" if exc is None else format_exception(exc).rstrip()
+    shown = text if exc is None else hide(text, secret_values(exc))
+    if shown == text:
+        logger.error(message, *args, exc_info=exc, stacklevel=2)
+    else:
+        logger.error(f"{message}\n%s", *args, shown, stacklevel=2)
 
 
 #: Names and what they stand for; "" for what has no name where it was found.

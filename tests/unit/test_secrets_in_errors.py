@@ -2,13 +2,14 @@
 
 import functools
 import json
+import logging
 import time
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 
-from kser import Message, OperationRegistry, Result, Task, results
+from kser import Message, Operation, OperationRegistry, Result, Task, results
 from kser.errors import Error
 from kser.tracebacks import TracebackInfo, hide, secret_values
 from kser.transport import Record
@@ -269,3 +270,78 @@ def test_nothing_that_a_worker_sends_for_a_failure_has_it(events):
     assert any(record.topic == "g.dlq" for record in outcome.records)
     sent = b"".join(part or b"" for r in outcome.records for part in (r.value, *(value for _, value in r.headers)))
     assert b"Zx9" not in sent
+
+
+class Hooked(Task):
+    """Fails, and then each of its hooks does."""
+
+    def run(self):
+        raise ValueError("it fails")
+
+    def postrun(self, result):
+        local()
+
+    def onerror(self, result):
+        raise RuntimeError(f"cannot tell joe with {self.params['password']}")
+
+
+class Leaks(Message):
+    """Cannot be read."""
+
+    @classmethod
+    def loads(cls, raw):
+        local()
+
+
+def rejected(registry, raw):
+    registry.controller.TRANSPORT = Leaks
+    return registry.controller.run(raw)
+
+
+def of_controller(registry, raw):
+    @classmethod
+    def onmessage(cls, kmsg):
+        raise RuntimeError(f"cannot take joe's {kmsg.params['password']}")
+
+    registry.controller.onmessage = onmessage
+    return registry.controller.run(raw)
+
+
+def of_operation(registry, raw):
+    class Order(Operation):
+        def build_tasks(self, **params):
+            return [Hooked(params=params)]
+
+        def set_status(self, status, result=None):
+            local()
+
+    registry.controller.ENTRYPOINTS["leak"] = Order
+    return registry.controller.run(raw)
+
+
+def of_task(registry, raw):
+    return registry.controller.run(raw)
+
+
+@pytest.mark.parametrize("run", [of_task, rejected, of_controller, of_operation], ids=lambda f: f.__name__)
+def test_no_log_line_of_a_hook_that_raises_has_it(run, caplog):
+    registry = OperationRegistry(topic="tasks")
+    registry.subscribe(name="leak")(Hooked)
+    run(registry, Message("u", "leak", {"password": VALUE}, Result(uuid="u")).to_bytes())
+    formatter = logging.Formatter()
+    text = "\n".join(formatter.format(record) for record in caplog.records)
+    assert "Zx9" not in text
+    assert "joe with ********" in text or "joe's ********" in text
+
+
+def test_a_hook_that_raises_without_secrets_is_logged_with_the_exception(caplog):
+    class Fails(Task):
+        def run(self):
+            raise ValueError("it fails")
+
+        def onerror(self, result):
+            raise RuntimeError("and it cannot be told")
+
+    Fails().execute()
+    (raised,) = [record for record in caplog.records if record.exc_info]
+    assert (str(raised.exc_info[1]), raised.funcName) == ("and it cannot be told", "_finish")
