@@ -319,11 +319,21 @@ def of_operation(registry, raw):
     return registry.controller.run(raw)
 
 
+def on_a_worker(registry, raw):
+    class Exits(Hooked):
+        def onerror(self, result):
+            password = self.params["password"]
+            raise SystemExit(f"joe with {password}")
+
+    registry.controller.ENTRYPOINTS["leak"] = Exits
+    return Runner(registry.controller, "g", "w").run(Record("tasks", 0, 0, None, raw, (), 1))
+
+
 def of_task(registry, raw):
     return registry.controller.run(raw)
 
 
-@pytest.mark.parametrize("run", [of_task, rejected, of_controller, of_operation], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("run", [of_task, on_a_worker, rejected, of_controller, of_operation], ids=lambda f: f.__name__)
 def test_no_log_line_of_a_hook_that_raises_has_it(run, caplog):
     registry = OperationRegistry(topic="tasks")
     registry.subscribe(name="leak")(Hooked)
