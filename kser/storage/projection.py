@@ -183,6 +183,11 @@ class Projection:
                     closed += connection.execute(update(build).where(same).values(values)).rowcount
         return closed
 
+    def add_workers(self, workers: Sequence[WorkerTold]) -> None:
+        """Store what workers told of themselves, wherever that stands; what is newer of them stays."""
+        with self._database.write() as connection:
+            self._add_workers(connection, workers)
+
     def forget_topics(self, starts: Mapping[Partition, int]) -> None:
         """Begin these partitions again: forget their offsets, and their events from these offsets on.
 

@@ -478,17 +478,31 @@ def test_a_task_whose_worker_fell_silent_is_not_shown_as_running(broker, monkeyp
     monkeypatch.setattr("kser.cli.operations.live._LOOK_S", 0.0)
     tape, now = Tape(), int(time.time() * 1000)
     tape.telemetry("task.started", "t", operation="op", parent="op", operation_entrypoint="shop.Order", began=now)
+    tape.worker("w1", at=now - 30_000, interval_s=3600)
     tell(broker, tape)
     with LiveOperation(broker, "shop", "op") as live:
         assert (live.find().entrypoint, live.find().tasks[0].status) == ("shop.Order", "RUNNING")
-        assert not live.look()
-        tape.worker("w1", at=now - 60_000)
+        assert not live.look()  # it has told, before it was listened to, that it says little
+        tape.worker("w1", at=now - 20_000, interval_s=5)
         tape.worker("w2", at=now)
         tell(broker, tape)
-        eventually(lambda: live.poll(0.1) or live.look())
-        (task,) = live.find().tasks
+        (task,) = eventually(lambda: live.poll(0.1) or live.look())
+        assert live.find().tasks == (task,)
+        assert not live.look()  # told once
     assert task.status == "PENDING"
     assert "worker w1 was not heard of since" in task.note
+
+
+@pytest.mark.parametrize("output", [[], ["--format", "json"]])
+def test_a_task_whose_worker_died_before_the_watch_began_is_told_of(run, broker, monkeypatch, output):
+    monkeypatch.setattr("kser.cli.operations.live._LOOK_S", 0.0)
+    uuid = begun(broker)
+    tape = Tape()
+    tape.worker("w1", at=int(time.time() * 1000) - 3_600_000)
+    tell(broker, tape)
+    done = run("operations", "watch", uuid, *SERVERS, "--timeout", 0.3, *output)
+    (hint,) = [line for line in done.stderr.splitlines() if "w1" in line]
+    assert hint.startswith("kser: shop.Task[s1] PENDING: worker w1 was not heard of since ")
 
 
 def test_where_no_worker_has_run_it_is_waited_for_the_first_word(run):
