@@ -332,6 +332,8 @@ class Projection:
         }
 
     def _add_events(self, connection: Connection, events: Sequence[Told]) -> None:
+        # Of one operation they are numbered in the order of commits without number_in_order(): whoever adds one of it
+        # has its row in the table build, locked by _make_builds(), from before it takes numbers until the commit.
         rows = [
             {
                 "identity": told.identity,
