@@ -13,6 +13,7 @@ from kser.errors import EntrypointNotFoundError, Error, ValidationError
 from kser.masking import mask
 from kser.results import Result
 from kser.schemas import Message, parse
+from kser.tracebacks import log_raised, secret_values
 
 __all__ = ["BaseController", "Controller", "is_silent"]
 
@@ -91,8 +92,9 @@ class BaseController:
         """What the hook gives; None, and a log line, when it raises: a hook never changes an outcome by failing."""
         try:
             given: Message | Result | None = getattr(cls, hook)(kmsg, *args)
-        except Exception:
-            cls._logger.exception(
+        except Exception:  # noqa: BLE001 - user code; it is logged
+            log_raised(
+                cls._logger,
                 "%s.%s() raised for %s[%s]; the outcome stays as it was",
                 cls.__name__,
                 hook,
@@ -176,7 +178,9 @@ class Controller(BaseController):
         extra = getattr(exc, "extra", None)
         uuid = extra.get("uuid") if isinstance(extra, dict) else None
         result.uuid = uuid if isinstance(uuid, str) and uuid else _uuid_in(raw) or Result().uuid
-        why = f"{exc} {exc.extra}" if isinstance(exc, Error) and exc.extra else exc
+        why: object = f"{exc} {exc.extra}" if isinstance(exc, Error) and exc.extra else exc
+        if secret_values(exc):
+            why = result.stderr  # without them
         cls._logger.error(
             "%s.ImportError: Failed to load data from kafka: %s",
             cls.__name__,

@@ -13,7 +13,7 @@ from kser.progress import check_progress, parse_group
 from kser.results import Result
 from kser.retry import Retry
 from kser.schemas import Message
-from kser.tracebacks import TracebackInfo
+from kser.tracebacks import TracebackInfo, log_raised
 
 __all__ = ["Entrypoint", "Finder"]
 
@@ -311,9 +311,8 @@ class Entrypoint(metaclass=EntrypointMeta):
     def _postrun_of_failure(self, failure: Result) -> None:
         try:
             self._postrun(failure)
-        except Exception:
-            # run() raised first, and that is the failure to tell
-            self._logger.exception("%s.PostRun: %s[%s] raised", type(self).__name__, self.path, self.uuid)
+        except Exception:  # noqa: BLE001 - run() raised first, and that is the failure to tell
+            log_raised(self._logger, "%s.PostRun: %s[%s] raised", type(self).__name__, self.path, self.uuid)
 
     def _finish(self, result: Result, cause: BaseException | None = None) -> Result:
         """Hooks, final status and log line of an execution that gave ``result``; the final Result.
@@ -334,9 +333,8 @@ class Entrypoint(metaclass=EntrypointMeta):
         else:
             try:
                 result = self._hooked("onerror", result)
-            except Exception:
-                # the failure that onerror() was called for stays the one to tell
-                self._logger.exception("%s.OnError: %s[%s] raised", type(self).__name__, self.path, self.uuid)
+            except Exception:  # noqa: BLE001 - the failure that onerror() was called for stays the one to tell
+                log_raised(self._logger, "%s.OnError: %s[%s] raised", type(self).__name__, self.path, self.uuid)
             if results.is_success(result):
                 self._mark(result)
         self.result = result

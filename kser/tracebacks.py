@@ -4,23 +4,27 @@ It is made while the frames are still there, keeps none of them, and goes into J
 masked when it is made.
 """
 
+import contextlib
+import enum
+import functools
 import itertools
 import json
 import linecache
+import logging
 import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import orjson
 
 from kser.errors import ValidationError
 from kser.masking import MASK, extra_words, looks_secret, looks_secret_by, mask_text
-from kser.stacks import format_exception_only
+from kser.stacks import format_exception, format_exception_only
 
-__all__ = ["FrameInfo", "TracebackInfo", "hide", "secret_values"]
+__all__ = ["FrameInfo", "TracebackInfo", "hide", "log_raised", "secret_values"]
 
 #: Lines of code before and after the one that was being run.
 CONTEXT: Final = 5
@@ -39,8 +43,9 @@ _MAX_ENTRIES: Final = 100
 _MAX_DEPTH: Final = 6
 #: A masked value that is shorter is not looked for in other texts: it may be a part of many words.
 _MIN_SECRET: Final = 6
-#: Levels of nesting that are looked through for them.
+#: Levels of nesting that are looked through for them, and names that are looked at in all.
 _DEEPEST_LOOK: Final = 3
+_MOST_LOOKS: Final = 5000
 _HOW: Final = {
     "cause": "The above exception was the direct cause of the following exception:",
     "context": "During handling of the above exception, another exception occurred:",
@@ -137,16 +142,15 @@ class TracebackInfo:
     def from_tb(cls, tb: types.TracebackType | None) -> "TracebackInfo":
         """Of a traceback alone. Never raises."""
         secrets = _Secrets()
+        _search(_variables_of(tb), secrets)
         return _hidden(_made(None, tb, secrets), secrets.values)
 
     @classmethod
     def from_exception(cls, exc: BaseException) -> "TracebackInfo":
         """Of an exception, with what caused it. Never raises, whatever the exception and the variables are."""
         secrets = _Secrets()
-        info = _with_causes(exc, secrets)
-        if isinstance(exc, BaseExceptionGroup):  # its own variables were looked at, those of what is in it were not
-            _look_behind(exc, secrets, [])
-        return _hidden(info, secrets.values)
+        _search(_variables_behind(exc, []), secrets)
+        return _hidden(_with_causes(exc, secrets), secrets.values)
 
     @property
     def tells(self) -> bool:
@@ -362,8 +366,6 @@ def _variables(frame: types.FrameType, secrets: _Secrets) -> Iterator[tuple[str,
     if found is frame.f_globals:  # code of a module: what it imports and defines are no variables
         named = [name for name in named if not isinstance(found[name], (types.ModuleType, types.FunctionType, type))]
     for name in named[:_MAX_LOCALS]:
-        if name == "self":
-            _look_at_own(found[name], secrets)
         yield _trimmed(name, _MAX_LINE), _shown_as(name, found[name], secrets)
     if len(named) > _MAX_LOCALS:
         yield "...", f"{len(named) - _MAX_LOCALS} more"
@@ -414,61 +416,153 @@ def _note(value: Any, depth: int, secrets: _Secrets) -> None:
 def secret_values(exc: BaseException) -> list[str]:
     """The values that must not be shown in a text about this exception, longest first.
 
-    They are those of variables, of attributes of ``self``, and under names in what of that is a dict or has dicts in
-    it, whose name looks secret, in the frames of ``exc``, of what it came from and of those in a group; of at least 6
-    characters. Never raises.
+    They are those of variables, attributes of objects and entries of dicts whose name looks secret, in what the frames
+    of ``exc``, of what it came from and of those in a group have, a few levels deep; of at least 6 characters. Objects
+    are only looked at: nothing of theirs is called. Never raises.
     """
     secrets = _Secrets()
-    _look_behind(exc, secrets, [])
+    _search(_variables_behind(exc, []), secrets)
     return sorted(secrets.values, key=len, reverse=True)
 
 
-def _look_behind(exc: BaseException, secrets: _Secrets, seen: list[BaseException]) -> None:
+def log_raised(logger: logging.Logger, message: str, *args: object) -> None:
+    """What logger.exception() logs of the exception that is being handled, without the values that must not be shown.
+
+    Where there are such values the record has no exc_info: who gets it would write them.
+    """
+    exc = sys.exception()
+    text = "" if exc is None else format_exception(exc).rstrip()
+    shown = text if exc is None else hide(text, secret_values(exc))
+    if shown == text:
+        logger.error(message, *args, exc_info=exc, stacklevel=2)
+    else:
+        logger.error(f"{message}\n%s", *args, shown, stacklevel=2)
+
+
+#: Names and what they stand for; "" for what has no name where it was found.
+_Named = list[tuple[str, Any]]
+
+
+def _variables_behind(exc: BaseException, seen: list[BaseException]) -> _Named:
+    """The variables of all frames of an exception, of what it came from, and of those in a group."""
+    found: _Named = []
     following: BaseException | None = exc
     while following is not None and len(seen) <= _MAX_CAUSES and all(following is not one for one in seen):
         seen.append(following)
-        tb, frames = following.__traceback__, 0
-        while tb is not None and frames < _FIRST + _LAST:
-            if not _is_ours(tb.tb_frame):
-                frames += 1
-                _look_into(tb.tb_frame, secrets)
-            tb = tb.tb_next
+        found += _variables_of(following.__traceback__)
         if isinstance(following, BaseExceptionGroup):
             for each in following.exceptions[:_MAX_ENTRIES]:
-                _look_behind(each, secrets, [])
+                found += _variables_behind(each, [])
         following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
+    return found
 
 
-def _look_into(frame: types.FrameType, secrets: _Secrets) -> None:
-    for name, value in tuple(frame.f_locals.items())[:_MAX_LOCALS]:
-        if name == "self":
-            _look_at_own(value, secrets)
-        else:
-            _look_at(name, value, 0, secrets)
+def _variables_of(tb: types.TracebackType | None) -> _Named:
+    """The variables of all frames of a traceback that are not kser's own, and the attributes of each ``self``."""
+    frames: list[types.FrameType] = []
+    while tb is not None:
+        if not _is_ours(tb.tb_frame):
+            frames.append(tb.tb_frame)
+        tb = tb.tb_next
+    found: _Named = []
+    for frame in frames if len(frames) <= _FIRST + _LAST else frames[:_FIRST] + frames[-_LAST:]:
+        for name, value in tuple(frame.f_locals.items())[:_MAX_LOCALS]:
+            if name == "self":
+                found += _inside(value)
+            else:
+                found.append((name, value))
+    return found
 
 
-def _look_at_own(of: Any, secrets: _Secrets) -> None:
-    """Note the secret ones among the attributes of an object."""
+def _search(level: _Named, secrets: _Secrets) -> None:
+    """Note the secret ones among these and in what they have: level by level, because there may be no end to it."""
+    opened: set[int] = set()
+    left, words = _MOST_LOOKS, secrets.words
+    for depth in range(_DEEPEST_LOOK + 1):
+        below: _Named = []
+        for name, value in level[:left]:
+            kind = type(value)
+            if kind in _BARE:
+                continue
+            if name and looks_secret_by(name, words):
+                _note_secret(name, value, secrets)
+                if kind in _BRACKETS:
+                    continue
+            if kind in _TEXTS or depth == _DEEPEST_LOOK or len(below) >= left:
+                continue
+            if id(value) not in opened:
+                opened.add(id(value))
+                below += _inside(value)
+        left -= len(level)
+        if left <= 0 or not below:
+            return
+        level = below
+
+
+def _inside(value: Any) -> _Named:
+    """What is in a value, of very much the first: entries, attributes. Runs no code of its class."""
+    found: _Named = []
+    kind: Any = type(value)
     try:
-        for name, value in tuple(vars(of).items())[:_MAX_LOCALS]:
-            _look_at(name, value, 0, secrets)
-    except Exception:  # noqa: BLE001, S110 - an object without attributes, and whatever a user's may do
+        entries, fields, attributes, slots = _layout(kind)
+        if entries is dict:
+            for key, entry in itertools.islice(dict.items(value), _MAX_ENTRIES):
+                found.append((key if type(key) is str else "", entry))
+        elif entries is not None:
+            named = itertools.chain(fields, itertools.repeat(""))
+            found += zip(named, itertools.islice(entries.__iter__(value), _MAX_ENTRIES), strict=False)
+        if attributes is not None:
+            found += tuple(attributes.__get__(value).items())[:_MAX_LOCALS]
+        for name, slot in slots:
+            with contextlib.suppress(AttributeError):  # it is not set
+                found.append((name, slot.__get__(value)))
+    except Exception:  # noqa: BLE001, S110 - another thread changes it meanwhile
         pass
+    return found
 
 
-def _look_at(name: str, value: Any, depth: int, secrets: _Secrets) -> None:
-    kind = type(value)
-    if kind in _BARE:
-        return
-    if name and looks_secret_by(name, secrets.words):
-        _note_secret(name, value, secrets)
-    elif kind in _BRACKETS and value and depth < _DEEPEST_LOOK:
-        if kind is dict:
-            for key, entry in itertools.islice(value.items(), _MAX_ENTRIES):
-                _look_at(key if type(key) is str else "", entry, depth + 1, secrets)
-        else:
-            for entry in itertools.islice(value, _MAX_ENTRIES):
-                _look_at("", entry, depth + 1, secrets)
+class _Layout(NamedTuple):
+    """Where a class keeps what its objects have."""
+
+    #: The built-in type that gives the entries; None: there are none.
+    entries: Any = None
+    #: Names of the first entries.
+    fields: tuple[str, ...] = ()
+    #: What gives the dict of attributes; None: there is none.
+    attributes: Any = None
+    #: Name, and what gives the value.
+    slots: Sequence[tuple[str, types.MemberDescriptorType]] = ()
+
+
+#: What has names that are nobody's variables.
+_CLOSED: Final = frozenset({type, types.ModuleType, enum.Enum})
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(kind: Any) -> _Layout:
+    bases = _BASES.__get__(kind)
+    if not _CLOSED.isdisjoint(bases):
+        return _Layout()
+    entries = next((base for base in (dict, list, tuple, set, frozenset) if base in bases), None)
+    fields: tuple[str, ...] = ()
+    attributes, slots = None, []
+    for base in bases:
+        names = _NAMESPACE.__get__(base)
+        if entries is tuple and not fields and type(names.get("_fields")) is tuple:
+            fields = names["_fields"]
+        if attributes is None and type(own := names.get("__dict__")) in _BUILT_IN:
+            attributes = own
+        for name, slot in names.items():
+            if type(slot) is types.MemberDescriptorType and not name.startswith("__"):
+                slots.append((name, slot))
+    return _Layout(entries, fields, attributes, slots)
+
+
+#: What is no code of a class.
+_BUILT_IN: Final = frozenset({types.GetSetDescriptorType, types.MemberDescriptorType})
+#: Asked like this a class runs no code of its own, as inspect.getattr_static() does it.
+_BASES: Final = type.__dict__["__mro__"]
+_NAMESPACE: Final = type.__dict__["__dict__"]
 
 
 def hide(data: Any, values: Sequence[str]) -> Any:

@@ -1,5 +1,7 @@
 """``kser recorder``: keep the history of a group in a storage."""
 
+from typing import Final
+
 import click
 
 from kser.cli.connection import Connection
@@ -7,8 +9,14 @@ from kser.cli.options import example, group_option, kafka_options, log_level_opt
 from kser.cli.storage import open_sql, storage_option
 from kser.storage.urls import safe_url
 from kser.worker.shutdown import stopping_on_signals
+from kser.worker.topic_plan import Feature, TopicPlan
 
 __all__ = ["recorder"]
+
+#: Longest wait for the broker, in seconds: a new controller may be about to be elected.
+_ANSWER_S: Final = 30.0
+#: Whose topics are recorded.
+_FEATURES: Final = frozenset({Feature.EVENTS, Feature.TELEMETRY})
 
 
 @click.command(
@@ -38,10 +46,13 @@ def recorder(rebuild: bool, group: str | None, storage: str, connection: Connect
     from kser.storage.recorder import Recorder  # here: it loads SQL
 
     named, transport = connection.group(group), connection.transport()
+    topics = TopicPlan(group=named, tasks={}, features=_FEATURES).names
     with open_sql(storage) as opened:
-        opened.prepare()
         running = Recorder(transport, opened, group=named)
-        click.echo(f"Recording group {named} into {safe_url(storage)}; Ctrl-C ends it", err=True)
         with stopping_on_signals(running.stop):
+            with connection.patience():  # told before recording is said to begin, and tables are made
+                transport.admin().describe(topics, _ANSWER_S)
+            opened.prepare()
+            click.echo(f"Recording group {named} into {safe_url(storage)}; Ctrl-C ends it", err=True)
             running.run(rebuild=rebuild)
     click.echo(f"{running.recorded} record(s) stored", err=True)

@@ -83,7 +83,8 @@ def problem_of_http(error: HTTPException) -> Response:
     status = error.code or 500
     data = getattr(error, "data", None) or {}
     if status == HTTPStatus.INTERNAL_SERVER_ERROR:
-        logger.error("A request failed", exc_info=getattr(error, "original_exception", None) or error)
+        if getattr(error, "original_exception", None) is None:  # else Flask has logged that
+            logger.error("A request failed", exc_info=error)
         return problem(status, "Something went wrong here; the log of the server says what")
     headers = {name: value for name, value in error.get_headers() if name not in ("Content-Type", "Content-Length")}
     headers |= data.get("headers") or {}

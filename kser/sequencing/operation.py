@@ -18,6 +18,7 @@ from kser.sequencing.itinerary import METADATA_KEY, Entry, Frame, Itinerary
 from kser.sequencing.plain_launch import send_first
 from kser.sequencing.task import ORIGINALS, Home, Task, UnregisteredTask, facts_of, found, not_before
 from kser.status import Status
+from kser.tracebacks import log_raised
 
 if TYPE_CHECKING:
     from kser.storage import Execution
@@ -250,7 +251,7 @@ class Operation(Task):
         except Exception:
             if status is Status.SUCCESS:
                 raise  # what could not be noted is no success
-            self._logger.exception("%s.SetStatus: %s[%s] raised", type(self).__name__, self.path, self.uuid)
+            log_raised(self._logger, "%s.SetStatus: %s[%s] raised", type(self).__name__, self.path, self.uuid)
             self.status = status  # the failure stays the one to tell, and the operation is not left open
 
     # -- in this process ---------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from kser.sequencing.operation import Operation, name_failed_task
 from kser.sequencing.plain_step import next_step
 from kser.sequencing.task import Task, UnregisteredTask, facts_of
 from kser.status import Status
+from kser.tracebacks import log_raised
 
 __all__ = ["MAX_MESSAGE_BYTES", "Consequences", "Outgoing", "Sequencer", "encode", "step_event"]
 
@@ -297,8 +298,8 @@ class Sequencer:
                 if isinstance(operation, Operation):
                     try:
                         operation._set_status(Status.ABORTED, result)
-                    except BaseException:
-                        logger.exception("set_status() of %r raised", operation)
+                    except BaseException:  # noqa: BLE001 - user code; it is logged
+                        log_raised(logger, "set_status() of %r raised", operation)
             around = around.leave()
             out.events.append(
                 Event(
@@ -436,10 +437,9 @@ class Sequencer:
         """The task an entry names, to be looked at; a stand-in when it cannot be made. Raises nothing."""
         try:
             return Task.from_entry(Entry.load(data), self.controller.find)
-        except BaseException as exc:
-            # In a message that came through Kafka there may be anything, and constructors are user code.
+        except BaseException as exc:  # noqa: BLE001 - constructors are user code, and in a message may be anything
             uuid, name = (str(data.get(key, "")) if isinstance(data, Mapping) else "" for key in ("uuid", "entrypoint"))
-            logger.exception("Task %s[%s] cannot be made from its entry", name, uuid)
+            log_raised(logger, "Task %s[%s] cannot be made from its entry", name, uuid)
             task = _stand_in(uuid, name, "cannot be made")
             task.broken = results.from_exception(exc, uuid)
             return task
@@ -451,8 +451,8 @@ class Sequencer:
             return name_failed_task(result, task, operation.uuid) if not results.is_success(result) else broken
         try:
             return operation.finish(task, result)
-        except BaseException as exc:  # sys.exit() in a hook ends the operation, not the worker
-            logger.exception("A hook of %r raised", operation)
+        except BaseException as exc:  # noqa: BLE001 - sys.exit() in a hook ends the operation, not the worker
+            log_raised(logger, "A hook of %r raised", operation)
             return results.from_exception(exc, operation.uuid)
 
     def _fail(self, operation: Operation, failure: Result) -> Result:
@@ -461,8 +461,8 @@ class Sequencer:
             return operation._broken  # told already, when it was made
         try:
             return operation._finish(failure)
-        except BaseException:
-            logger.exception("A hook of %r raised", operation)
+        except BaseException:  # noqa: BLE001 - user code; it is logged
+            log_raised(logger, "A hook of %r raised", operation)
             return failure
 
     # -- messages ----------------------------------------------------------------------------------------------------

@@ -132,7 +132,8 @@ class History:
 
         Args:
             uuid: of the operation or task. One that nobody told of has none.
-            after: only what came into the storage after the event with this ``id``: how to follow.
+            after: only what came into the storage after the event with this ``id``: how to follow. None comes later
+                with a smaller one.
             limit: at most so many, of those the first to come into the storage.
         """
         event = self._tables.event

@@ -183,6 +183,11 @@ class Projection:
                     closed += connection.execute(update(build).where(same).values(values)).rowcount
         return closed
 
+    def add_workers(self, workers: Sequence[WorkerTold]) -> None:
+        """Store what workers told of themselves, wherever that stands; what is newer of them stays."""
+        with self._database.write() as connection:
+            self._add_workers(connection, workers)
+
     def forget_topics(self, starts: Mapping[Partition, int]) -> None:
         """Begin these partitions again: forget their offsets, and their events from these offsets on.
 
@@ -327,6 +332,8 @@ class Projection:
         }
 
     def _add_events(self, connection: Connection, events: Sequence[Told]) -> None:
+        # Of one operation they are numbered in the order of commits without number_in_order(): whoever adds one of it
+        # has its row in the table build, locked by _make_builds(), from before it takes numbers until the commit.
         rows = [
             {
                 "identity": told.identity,

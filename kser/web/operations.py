@@ -181,7 +181,7 @@ def stream_operation(query: dict[str, Any], uuid: str) -> flask.Response:
     """What happened to an operation so far, and then what happens until it has ended, as server-sent events.
 
     An event's name is the record's type, its data the record as JSON. The header Last-Event-ID leaves out what came
-    before that one.
+    before that one. An operation that nothing is told of yet is waited for, unless ``follow`` is false: then it is 404.
     """
     return _stream(query, _root_of(uuid))
 

@@ -116,7 +116,13 @@ class GroupQuery(Schema):
 class FollowQuery(GroupQuery):
     """How a stream goes on."""
 
-    follow = fields.Boolean(load_default=True, metadata={"description": "Go on as something happens"})
+    follow = fields.Boolean(
+        load_default=True,
+        metadata={
+            "description": "Go on as something happens, and wait for an operation that nothing is told of yet; false: "
+            "end with what there is, and 404 when that is nothing"
+        },
+    )
 
 
 class PageQuery(Schema):

@@ -4,6 +4,7 @@ Each stream holds a thread of the server as long as it lasts, so there are only 
 some time; whoever listens calls again, with the id of the last event it has.
 """
 
+import itertools
 import json
 import logging
 import queue
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Final, NamedTuple
 
-from kser.errors import Error, ValidationError
+from kser.errors import Error, NotFound, ValidationError
 from kser.events import Event, OperationView, events_topic
 from kser.masking import mask
 from kser.results import json_safe
@@ -153,22 +154,25 @@ class Streams:
         Args:
             group: the group.
             uuid: of the root operation, or of a lone task.
-            follow: go on as something happens, until the operation has ended; else end with what there is.
+            follow: go on as something happens, until the operation has ended, and wait for one that nothing is told of
+                yet; else end with what there is.
             after: id of the last event the caller has: those before it are left out.
             gone: tells that the caller has gone, when the server knows such a thing.
 
-        Raises BusyError when there are enough already, TransportError when the broker does not answer.
+        Raises BusyError when there are enough already, TransportError when the broker does not answer, and NotFound
+        when it is not to follow and nothing is told of ``uuid``.
         """
         if not self._free.acquire(blocking=False):
             raise BusyError(f"{self._most} streams are open, and there are no more: try again later")
         listener = _Listener(None if uuid is None else key_bytes(uuid))
         with self._lock:
             hub = self._hubs.setdefault(group, _Hub(self._transport, group, self._closing))
+        past = iter(()) if uuid is None else self._past(group, uuid)
         try:
             if follow:
                 hub.join(listener, self._timeout_s)  # before the history is read, so that nothing is missed between
-            else:
-                self._transport.admin().describe([events_topic(group)], self._timeout_s)
+            elif uuid is not None:
+                past = _begun(past, uuid, group)
         except BaseException:
             self._free.release()
             raise
@@ -177,7 +181,6 @@ class Streams:
             hub.leave(listener)
             self._free.release()
 
-        past = (lambda: self._past(group, uuid)) if uuid is not None else (lambda: iter(()))
         end = time.monotonic() + self._lasting_s
         return EventStream(
             _Source(past, listener, follow, after, uuid, end, lambda: gone() or self._closing.is_set()), done
@@ -205,10 +208,21 @@ class Streams:
         self._closing.set()
 
 
+def _begun(past: Iterator[Record], uuid: str, group: str) -> Iterator[Record]:
+    """``past``, which has a record. Raises NotFound."""
+    for first in past:
+        return itertools.chain([first], past)
+    raise NotFound(
+        f"{events_topic(group)} tells nothing of {uuid}: no worker of group {group} has met it yet, or there is no "
+        "such operation, or task that belongs to none",
+        extra={"uuid": uuid},
+    )
+
+
 class _Source(NamedTuple):
     """Where the events of one stream come from."""
 
-    past: Callable[[], Iterator[Record]]
+    past: Iterator[Record]
     listener: _Listener
     follow: bool
     after: str
@@ -246,7 +260,7 @@ def _chunks(source: _Source) -> Generator[bytes, None, None]:
     yield b"retry: 3000\n\n"
     view = OperationView(source.uuid or "")
     try:
-        for record in source.past():
+        for record in source.past:
             if chunk := _told(record, view, source):
                 yield chunk
     except Error as exc:

@@ -21,7 +21,7 @@ from kser.sequencing.plain_step import is_plain
 from kser.sequencing.sequencer import MAX_MESSAGE_BYTES, Consequences, Outgoing, Sequencer, step_event
 from kser.sequencing.task import Task, UnregisteredTask, facts_of, made_plain
 from kser.status import Status
-from kser.tracebacks import TracebackInfo
+from kser.tracebacks import TracebackInfo, log_raised
 from kser.transport import OutRecord, Record
 from kser.worker.dead_letters import MAX_BYTES, dead_letter
 from kser.worker.tiers import dead_letter_topic
@@ -592,8 +592,8 @@ class Runner:
         task._trace_back(error)
         try:
             return task._finish(failure)
-        except BaseException:
-            logger.exception("%s.OnError: %s[%s] raised", type(task).__name__, task.path, task.uuid)
+        except BaseException:  # noqa: BLE001 - user code; it is logged
+            log_raised(logger, "%s.OnError: %s[%s] raised", type(task).__name__, task.path, task.uuid)
             return failure
 
     def _task_refused(self, task: Task, work: Work, error: Error) -> list[OutRecord]:

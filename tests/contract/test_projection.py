@@ -332,6 +332,31 @@ def test_no_log_record_comes_into_sight_behind_one_that_was_stored_after_it(stor
     assert [line.message for line in storage.history.list_logs()] == ["first", "second"]
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_no_event_of_an_operation_comes_into_sight_behind_one_that_was_stored_after_it(storage, known):
+    """Two recorders: one has the partition of its events, the other one that of its telemetry."""
+    tape, said = Tape(), {"operation": "op", "parent": "op"}
+    if known:
+        tape.telemetry("task.started", "t", **said)
+        record(storage, tape)
+    tape.telemetry("task.started", "t", attempt=2, **said)
+    tape.event("step.done", "t", status="SUCCESS", attempt=2, result=result("t"), **said)
+    slow, quick = recorder(storage, tape), recorder(storage, tape)
+    first, second = tape.records[-2:]
+    assert first.of != second.of
+    with ThreadPoolExecutor(1) as pool:
+        with storage.database.write() as connection:
+            batch = slow.prepare([first])
+            slow._make_builds(connection, batch.rows, batch.about)
+            storing = pool.submit(quick.apply, [second])
+            time.sleep(0.3)
+            assert not storing.done()  # before the slow one has numbers for its events
+            slow._store(connection, slow.prepare([first]))
+        storing.result(20)
+    told = sorted(storage.history.list_events("op"), key=lambda event: event.id)
+    assert [event.type for event in told][-2:] == ["task.started", "step.done"]
+
+
 def now_ms():
     return int(time.time() * 1000)
 

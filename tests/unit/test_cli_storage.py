@@ -162,4 +162,11 @@ def test_the_recorder_records_until_it_is_stopped(run, broker, url, monkeypatch)
     storage.close()
 
 
+def test_the_recorder_refuses_before_it_says_that_it_records(run, url, tmp_path):
+    done = run("recorder", "--group", "a/b", "--storage", url, *SERVERS)
+    assert done.exit_code == 2
+    assert done.stderr.startswith("kser: error: 'a/b.events' cannot be a topic")
+    assert not list(tmp_path.iterdir())  # and no database was made
+
+
 from kser.storage import StorageBase  # noqa: E402

@@ -403,7 +403,7 @@ def test_without_a_token_only_this_machine_may_call_whatever_server_it_is(addres
     assert answer.status_code == status
 
 
-def test_an_exception_of_the_program_is_no_traceback():
+def test_an_exception_of_the_program_is_no_traceback_and_logged_once(caplog):
     def take(messages):
         raise RuntimeError("secret detail")
 
@@ -412,6 +412,7 @@ def test_an_exception_of_the_program_is_no_traceback():
     answer = client.post("/api/1/messages", json={"messages": [{"topic": "a", "message": {"entrypoint": "e"}}]})
     assert (answer.status_code, answer.content_type) == (500, "application/problem+json")
     assert b"secret detail" not in answer.data
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["secret detail"]
 
 
 @pytest.mark.parametrize(("host", "token", "good"), [

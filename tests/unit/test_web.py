@@ -390,7 +390,7 @@ def test_without_a_storage_the_past_is_not_served_and_the_rest_is(make, transpor
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_stream_follows_what_happens_after_it_was_opened(api, transport):
+def test_a_stream_waits_for_what_happens_after_it_was_opened(api, transport):
     uuid = launch(api)
     answer = api.get(f"/api/1/operations/{uuid}/events", buffered=False)
     found: list[bytes] = []
@@ -401,6 +401,14 @@ def test_a_stream_follows_what_happens_after_it_was_opened(api, transport):
     assert not reader.is_alive()
     assert b"".join(found).count(b"event: ") == 5
     answer.close()
+
+
+def test_the_events_so_far_of_an_unknown_operation_are_a_404(make):
+    api = make(max_streams=1)
+    for _ in range(2):  # and none of the places of streams is taken by it
+        answer = api.get("/api/1/operations/nowhere/events?follow=false")
+        assert (answer.status_code, answer.content_type) == (404, "application/problem+json")
+        assert "shop.events tells nothing of nowhere" in answer.json["detail"]
 
 
 def test_a_stream_of_a_group_tells_of_all_that_happens(make, transport):

@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, Literal, Self
 
-from kser.errors import NotFound
+from kser.cli.workers import fleet
+from kser.errors import NotFound, TransportError
 from kser.events import events_topic
 from kser.progress import ProgressReport
 from kser.status import Status
@@ -21,6 +24,8 @@ __all__ = ["LiveOperation"]
 _ANSWER_S: Final = 10.0
 #: Seconds between two looks whether a topic is there that was not.
 _LOOK_S: Final = 1.0
+#: Seconds within which a worker has told of itself, if it is there: it does so every 5.
+_SILENT_S: Final = 60.0
 #: The records lie in no other cluster that this could be mixed up with.
 _CLUSTER: Final = "live"
 
@@ -43,6 +48,7 @@ class LiveOperation:
 
         self.uuid = uuid
         self._transport = transport
+        self._group = group
         self._key = uuid.encode("utf-8", "surrogatepass")
         #: Those that are not there yet.
         self._missing = [events_topic(group), telemetry_topic(group)]
@@ -54,6 +60,8 @@ class LiveOperation:
         self._telemetry = telemetry_topic(group)
         #: Keys of those that run its tasks; what they tell of themselves is listened to from then on.
         self._workers: set[bytes] = set()
+        #: Names of those of whom it is known what they told before that.
+        self._recalled: set[str] = set()
         self._looked_at_workers = self._looked
         self._readers: list[Reader] = []
         end = self._looked + timeout_s
@@ -95,16 +103,42 @@ class LiveOperation:
             time.sleep(timeout_s)  # no worker of the group has run yet
         return [record for reader in self._readers for record in self._take(reader.poll(timeout_s))]
 
-    def look(self) -> bool:
-        """Whether it turned out that a task of it does not run any more: its worker is gone. Looks now and then."""
+    def look(self) -> "list[Execution]":
+        """Tasks of it that turned out to run no more: their workers are gone. Looks now and then, else gives []."""
         now = time.monotonic()
         if now - self._looked_at_workers < _LOOK_S:
-            return False
+            return []
         self._looked_at_workers = now
         found = self.find()
         running = [] if found is None else [task for task in found.walk() if task.status == Status.RUNNING]
-        self._workers = {task.worker.encode("utf-8", "surrogatepass") for task in running if task.worker}
-        return bool(self._workers) and self._projection.close_dead() > 0
+        names = {task.worker for task in running if task.worker}
+        self._workers = {name.encode("utf-8", "surrogatepass") for name in names}
+        self._recall(names - self._recalled)
+        if not names or not self._projection.close_dead():
+            return []
+        uuids, found = {task.uuid for task in running}, self.find()
+        return [] if found is None else [each for each in found.walk() if each.uuid in uuids and each.note]
+
+    def _recall(self, names: set[str]) -> None:
+        """Put in what these workers told last before they were listened to. Who told nothing for long is gone."""
+        from kser.storage.records import WorkerTold  # here: it loads SQL
+
+        if not names:
+            return
+        since = datetime.now(UTC) - timedelta(seconds=_SILENT_S)
+        try:
+            told = {state.worker: state for state in fleet(self._transport, self._group, _SILENT_S)}
+        except TransportError:
+            return  # the next look asks again
+        workers = [WorkerTold(name, self._group, "running", 0, since, 0.0, {}) for name in names if name not in told]
+        for name in names & told.keys():
+            state = told[name]
+            seen = datetime.fromtimestamp(state.at / 1000, UTC)
+            workers.append(
+                WorkerTold(name, self._group, state.state, state.started, seen, state.interval_s, asdict(state))
+            )
+        self._projection.add_workers(workers)
+        self._recalled |= names
 
     def _take(self, records: list[Record]) -> list[Record]:
         # What workers tell of themselves has their name for a key.

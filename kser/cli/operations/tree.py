@@ -72,6 +72,9 @@ class TreeView:
             self._found, self._progress = found, live.progress()
             self._logged.extend(live.logs())
 
+    def gone(self, _task: "Execution", /) -> None:
+        """Nothing to be said: the tree has it."""
+
     def hint(self, text: str) -> None:
         """Say something that is not of the data."""
         self._live.console.print(text, style="yellow", markup=False)

@@ -170,8 +170,17 @@ def _failed(found: "Execution") -> Iterator["Execution"]:
     below = [each for task in found.tasks for each in _failed(task)]
     if below:
         yield from below
-    elif found.traceback is not None:
+    elif found.traceback is not None and _tells(found):
         yield found
+
+
+def _tells(found: "Execution") -> bool:
+    """Whether its traceback says more than its error: what was aborted before it ran was raised nowhere."""
+    try:
+        return TracebackInfo.load(found.traceback).tells
+    except ValidationError:
+        text, said = str(found.traceback).rstrip(), str((found.result or {}).get("stderr") or "").rstrip()
+        return not said or not text.endswith(said) or "\n" in text.removesuffix(said)
 
 
 def _block(title: str, lines: Sequence[str]) -> Iterator[str]:

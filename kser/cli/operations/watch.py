@@ -95,8 +95,11 @@ def _follow(live: LiveOperation, view: "_View", group: str, deadline: Deadline) 
     """Show it until its end, and give it as it is then. Raises CommandFailed when the deadline passes."""
     records, silent_since = live.told, time.monotonic()
     while True:
-        if records or live.look():
+        gone = live.look()
+        if records or gone:
             view.update(live, records)
+        for task in gone:
+            view.gone(task)
         found = live.find()
         if found is not None and found.ended is not None and Status.parse(found.status).final:
             return found
@@ -130,6 +133,9 @@ class _View(Protocol):
     def update(self, live: LiveOperation, records: list[Record], /) -> None:
         """These records are new; ``live`` knows them."""
 
+    def gone(self, task: "Execution", /) -> None:
+        """The worker of this task is; update() was told before."""
+
     def hint(self, text: str) -> None:
         """Say something that is not of the data."""
 
@@ -142,6 +148,10 @@ class _LineView:
         for record in records:
             if line := _line(record):
                 click.echo(line)
+
+    def gone(self, task: "Execution", /) -> None:
+        """See _View."""
+        self.hint(f"{called(task)}[{one_line(task.uuid)}] {task.status}: {one_line(task.note)}")
 
     def hint(self, text: str) -> None:
         """See _View."""
