@@ -423,7 +423,12 @@ def test_an_operation_is_watched_line_by_line_from_its_beginning_to_its_end(run,
     assert not watcher.is_alive()
     assert found[0].exit_code == 0, found[0].output
     lines = [" ".join(line.split()[1:]) for line in found[0].output.splitlines()]
-    told = ["RUNNING shop.Order started", "SUCCESS shop.Charge done", "SUCCESS shop.Task done", "SUCCESS shop.Order ended"]
+    told = [
+        "RUNNING shop.Order started",
+        "SUCCESS shop.Charge done",
+        "SUCCESS shop.Task done",
+        "SUCCESS shop.Order ended",
+    ]
     assert [line for line in lines if line in told] == told
     assert sorted(line for line in lines if line not in told) == ["3/4 shop.Task boxes box 3", "log shop.Task late"]
 
