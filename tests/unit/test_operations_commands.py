@@ -414,6 +414,9 @@ def end(broker, uuid, status="SUCCESS"):
 def test_an_operation_is_watched_line_by_line_from_its_beginning_to_its_end(run, broker):
     uuid = begun(broker)
     found = []
+    lives = Tape()
+    lives.worker("w1", at=int(time.time() * 1000), interval_s=60)
+    tell(broker, lives)
     watcher = threading.Thread(target=lambda: found.append(run("operations", "watch", uuid[:8], *SERVERS)))
     watcher.start()
     watcher.join(1.5)
