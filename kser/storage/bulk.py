@@ -40,6 +40,10 @@ Rows = Sequence[dict[str, Any]]
 #: takes Python's lock for each row, and waits for it 5 ms each time while another thread is busy.
 _SIZES: Final = (500, 50, 5, 1)
 _QUOTE: Final = sqlite.dialect().identifier_preparer.quote
+#: How COPY reads what is no text, and what has a meaning in texts.
+_NULL: Final = r"\N"
+_FLAGS: Final = {None: _NULL, True: "t", False: "f"}
+_ESCAPES: Final = {"\\": r"\\", "\n": r"\n", "\t": r"\t", "\r": r"\r"}
 
 
 def among(connection: Connection, of: ColumnElement[Any], values: Sequence[str]) -> ColumnElement[bool]:
@@ -68,6 +72,10 @@ class BulkInsert:
         given = _recordset(table, names)
         new = postgresql.insert(table).from_select(list(names), select(*(given.c[name] for name in names)))
         self._json = new.on_conflict_do_nothing()
+
+    def all_or_none(self, connection: Connection, rows: Rows) -> bool:
+        """Insert them if none is there, where that is quicker than to look; False: none was made."""
+        return _is_postgresql(connection) and self._copy.execute(connection, rows)
 
     def __call__(self, connection: Connection, rows: Rows) -> int:
         """Insert them; how many were made. The rows are changed."""
@@ -144,13 +152,13 @@ class _Copy:
 
     def __init__(self, table: Table, names: Sequence[str]) -> None:
         self._sql = f"COPY {_QUOTE(table.name)} ({', '.join(map(_QUOTE, names))}) FROM STDIN"
-        self._fields = [(name, _field_of(table.c[name])) for name in names]
+        self._fields = [(name, _fields_of(table.c[name])) for name in names]
 
     def execute(self, connection: Connection, rows: Rows) -> bool:
         """Whether they were made; False when one of them was there, and none was made."""
         from psycopg.errors import UniqueViolation  # here: it may not be installed
 
-        columns = [[field(row[name]) for row in rows] for name, field in self._fields]
+        columns = [fields([row[name] for row in rows]) for name, fields in self._fields]
         text = "\n".join(map("\t".join, zip(*columns, strict=True)))
         driver: Any = connection.connection.driver_connection
         saved = connection.begin_nested()
@@ -165,37 +173,45 @@ class _Copy:
         return True
 
 
-def _field_of(column: Column[Any]) -> Callable[[Any], str]:
+def _fields_of(column: Column[Any]) -> Callable[[list[Any]], list[str]]:
     """What writes values of this column as COPY reads them."""
     if isinstance(column.type, UtcTime):
-        return _copied_time
+        return _copied_times
     if isinstance(column.type, Boolean):
-        return {None: r"\N", True: "t", False: "f"}.__getitem__
+        return _copied_flags
     if isinstance(column.type, Integer):
-        return _copied_number
-    return _copied_text
+        return _copied_numbers
+    return _copied_texts
 
 
 @lru_cache(maxsize=1024)
 def _copied_time(time: datetime | None) -> str:
-    return r"\N" if time is None else time.isoformat()
+    return _NULL if time is None else time.isoformat()
 
 
-def _copied_number(number: int | None) -> str:
-    return r"\N" if number is None else str(number)
+def _copied_times(times: list[datetime | None]) -> list[str]:
+    return [_copied_time(time) for time in times]
 
 
-def _copied_text(text: str | None) -> str:
-    if text is None:
-        return r"\N"
-    if "\\" in text:
-        text = text.replace("\\", r"\\")
-    if "\n" in text:
-        text = text.replace("\n", r"\n")
-    if "\t" in text:
-        text = text.replace("\t", r"\t")
-    if "\r" in text:
-        text = text.replace("\r", r"\r")
+def _copied_flags(flags: list[bool | None]) -> list[str]:
+    return [_FLAGS[flag] for flag in flags]
+
+
+def _copied_numbers(numbers: list[int | None]) -> list[str]:
+    return [_NULL if number is None else str(number) for number in numbers]
+
+
+def _copied_texts(texts: list[str | None]) -> list[str]:
+    together = "".join(filter(None, texts))  # most columns have nothing to be escaped, and many are empty
+    if any(character in together for character in _ESCAPES):
+        return [_NULL if text is None else _escaped(text) for text in texts]
+    return [_NULL if text is None else text for text in texts]
+
+
+def _escaped(text: str) -> str:
+    for character, escape in _ESCAPES.items():  # the backslash first
+        if character in text:
+            text = text.replace(character, escape)
     return text
 
 

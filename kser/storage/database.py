@@ -114,6 +114,15 @@ def insert(connection: Connection, table: Table) -> Any:
     return (postgresql if connection.dialect.name == "postgresql" else sqlite).insert(table)
 
 
+def need_not_last(connection: Connection) -> None:
+    """What this transaction stores may be gone, all of it, after the server lost its power: it will be stored again.
+
+    Its commit does not wait for the disk then, as none does on sqlite here.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("SET LOCAL synchronous_commit TO off")
+
+
 def number_in_order(connection: Connection, table: Table) -> None:
     """From here to the end of the transaction nobody else who calls this adds rows to ``table``.
 

@@ -22,7 +22,7 @@ from sqlalchemy.orm import aliased
 from kser.progress import SEPARATOR
 from kser.status import Status
 from kser.storage.bulk import BulkInsert, BulkUpdate, among
-from kser.storage.database import Database, insert, number_in_order
+from kser.storage.database import Database, insert, need_not_last, number_in_order
 from kser.storage.folding import ENDED_WITH_OPERATION, FOLDED, begin_and_end, fold
 from kser.storage.history import worker_state
 from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, name_of_root, of_root, parse, stored
@@ -81,6 +81,8 @@ class Projection:
         self._insert_builds = BulkInsert(self._tables.build, [*FOLDED, "uuid", "job_id", "group_name"])
         self._update_builds = BulkUpdate(self._tables.build, [*FOLDED, "job_id", "group_name"], key="id")
         self._insert_events = BulkInsert(self._tables.event, _EVENT)
+        #: Whether none of the rows of the last batch was there.
+        self._new_before = False
         #: Next offset of each partition, as this process knows it is stored; None: nothing is stored.
         self._next: dict[Partition, int | None] = {}
 
@@ -138,6 +140,7 @@ class Projection:
         elif prepared is None or len(fresh) < len(records):
             prepared = self.prepare(fresh)
         with self._database.write() as connection:
+            need_not_last(connection)  # the offsets go with it
             self._claim(connection, upto)
             self._store(connection, prepared)
         self._next |= upto
@@ -259,6 +262,7 @@ class Projection:
             if len(made) < len(uuids):
                 old |= self._locked(connection, [uuid for uuid in uuids if uuid not in made])
             all_made |= made
+        self._new_before = not old
         return all_made, old
 
     def _add_rows(self, batch: Batch) -> None:
@@ -287,6 +291,9 @@ class Projection:
         """Make those of these rows that are not there; the uuids of which it is known that they were made here."""
         if not wanted:
             return set()
+        # What came before was all new: so is this, most likely, and one that is there costs no more than this try.
+        if self._new_before and self._insert_builds.all_or_none(connection, list(wanted.values())):
+            return set(wanted)
         uuid = self._tables.build.c.uuid
         there = set(connection.execute(select(uuid).where(among(connection, uuid, list(wanted)))).scalars())
         new = [row for uuid, row in wanted.items() if uuid not in there] if there else list(wanted.values())
