@@ -137,7 +137,8 @@ def databases():
         if reason := postgresql.unavailable():
             print(f"PostgreSQL: left out, {reason}")
         else:
-            postgresql.SETTINGS.update({"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"})
+            server = {"fsync": "on", "synchronous_commit": "on", "full_page_writes": "on", "shared_buffers": "128MB"}
+            postgresql.SETTINGS.update(server)  # as it is by default
             urls["PostgreSQL"] = closing.enter_context(postgresql.PostgreSQL()).url("bench_")
         yield urls
 

@@ -70,6 +70,7 @@ class ConfluentMember:
     joined: bool
     #: What it owned at that moment: brokers check the member, not whose the partition is.
     owned: frozenset[tuple[str, int]] = frozenset()
+    #: See GroupMember.
     round: object = None
 
 
@@ -710,6 +711,7 @@ class ConfluentSource:
             return  # closing, or a round that changed nothing; confluent-kafka completes it
         self._state.up()
         self._just_assigned.update(keys)
+        self._kept.difference_update(keys)
         self._next.update(dict.fromkeys(keys, OFFSET_BEGINNING))  # owned from here on: the listener may commit
         partitions = [Partition(*key) for key in keys]
         listener, told = self._listener, False
@@ -822,7 +824,6 @@ class ConfluentSource:
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._see_membership()
-        self._kept.difference_update((t.topic, t.partition) for t in partitions)
         keys = [key for t in partitions if (key := (t.topic, t.partition)) in self._next]
         if keys and self._listener is not None:
             if self._is_put_out():
