@@ -668,6 +668,8 @@ class ConfluentSource:
         rdkafka_cgrp.c; seen with 2.16: a worker that was paused while it let go of a partition settled what it had run
         of another one, which others had run to its end meanwhile, and Kafka took it from the new member).
         """
+        if self._listener is None:
+            return  # it leaves, and inside close() the client may never answer
         try:
             member_id = self._membership()[1]
         except TransportError:
