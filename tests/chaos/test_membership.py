@@ -163,7 +163,7 @@ def test_a_member_that_was_not_told_what_it_was_given_takes_it(
     wait_shared(apache, group, first)
 
 
-@pytest.mark.parametrize("name", [None, "first"])
+@pytest.mark.parametrize("name", ["first", pytest.param(None, marks=LONG)])
 def test_a_member_put_out_while_it_lets_go_of_a_partition_loses_the_others(
     apache: ApacheKafka, proxy: KafkaProxy, opened: ExitStack, name
 ):
