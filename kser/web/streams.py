@@ -173,6 +173,8 @@ class Streams:
                 hub.join(listener, self._timeout_s)  # before the history is read, so that nothing is missed between
             elif uuid is not None:
                 past = _begun(past, uuid, group)
+            else:
+                self._transport.admin().describe([events_topic(group)], self._timeout_s)
         except BaseException:
             self._free.release()
             raise

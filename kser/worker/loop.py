@@ -879,9 +879,6 @@ class Loop:
             if not member.joined:  # a classic group would take such a commit unchecked (KAFKA.md finding 4)
                 self._not_before = now + _BACKOFF_S
                 return
-            if not self._verify({item.state for item in self.pending}, member):
-                self._not_before = max(self._not_before, now + _SETTLE_EVERY_S)
-                return
         items: list[Item] = self.pending
         later: list[Item] = []
         if self._away:
@@ -890,6 +887,9 @@ class Loop:
         settle_id = self._settle_id()
         positions: list[Position] = []
         states = {item.state for item in items}
+        if member is not None and not self._verify(states, member):
+            self._not_before = max(self._not_before, now + _SETTLE_EVERY_S)
+            return
         for state in states:
             try:
                 positions.append(state.commit_point(settle_id, _offsets_of(state, later) if later else ()))
