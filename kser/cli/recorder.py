@@ -9,14 +9,12 @@ from kser.cli.options import example, group_option, kafka_options, log_level_opt
 from kser.cli.storage import open_sql, storage_option
 from kser.storage.urls import safe_url
 from kser.worker.shutdown import stopping_on_signals
-from kser.worker.topic_plan import Feature, TopicPlan
+from kser.worker.topic_plan import TopicPlan
 
 __all__ = ["recorder"]
 
 #: Longest wait for the broker, in seconds: a new controller may be about to be elected.
 _ANSWER_S: Final = 30.0
-#: Whose topics are recorded.
-_FEATURES: Final = frozenset({Feature.EVENTS, Feature.TELEMETRY})
 
 
 @click.command(
@@ -43,10 +41,10 @@ def recorder(rebuild: bool, group: str | None, storage: str, connection: Connect
     It makes the tables if there are none. Run as many as you like: they share the work. Killed at any moment, nothing
     is lost or stored twice: how far it has come stands in the storage itself.
     """
-    from kser.storage.recorder import Recorder  # here: it loads SQL
+    from kser.storage.recorder import FEATURES, Recorder  # here: it loads SQL
 
     named, transport = connection.group(group), connection.transport()
-    topics = TopicPlan(group=named, tasks={}, features=_FEATURES).names
+    topics = TopicPlan(group=named, tasks={}, features=FEATURES).names
     with open_sql(storage) as opened:
         running = Recorder(transport, opened, group=named)
         with stopping_on_signals(running.stop):

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Final
 
 from kser.errors import Error, OffsetLostError, StorageError
 from kser.events import events_topic
@@ -15,10 +16,12 @@ from kser.worker.interpreter import collecting_rarely, quick_turns
 from kser.worker.topic_plan import Feature
 from kser.worker.topics import ensure_group_topics
 
-__all__ = ["BATCH", "Recorder", "recorder_group", "topics_of"]
+__all__ = ["BATCH", "FEATURES", "Recorder", "recorder_group", "topics_of"]
 
 logger = logging.getLogger(__name__)
 
+#: Whose topics a recorder follows.
+FEATURES: Final = frozenset({Feature.EVENTS, Feature.TELEMETRY})
 #: Records in one transaction.
 BATCH = 5000
 #: Seconds of a poll without records: how soon it stops.
@@ -89,8 +92,7 @@ class Recorder:
         answer at the start or its client cannot go on.
         """
         admin = self._transport.admin()
-        features = frozenset({Feature.EVENTS, Feature.TELEMETRY})
-        ensure_group_topics(admin, self.group, [], features=features)
+        ensure_group_topics(admin, self.group, [], features=FEATURES)
         projection = Projection(self._storage.database, admin.cluster_id(_ANSWER_S), self.group)
         projection.positions([])  # a database that cannot be used is told at once
         self._projection = projection
