@@ -30,6 +30,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DBAPIError
 
 from kser.storage.schema import UtcTime
 
@@ -156,7 +157,7 @@ class _Copy:
 
     def execute(self, connection: Connection, rows: Rows) -> bool:
         """Whether they were made; False when one of them was there, and none was made."""
-        from psycopg.errors import UniqueViolation  # here: it may not be installed
+        import psycopg  # here: it may not be installed
 
         columns = [fields([row[name] for row in rows]) for name, fields in self._fields]
         text = "\n".join(map("\t".join, zip(*columns, strict=True)))
@@ -166,9 +167,13 @@ class _Copy:
             with driver.cursor() as cursor, cursor.copy(self._sql) as copy:
                 copy.write(text)
                 copy.write("\n")
-        except UniqueViolation:
+        except psycopg.errors.UniqueViolation:
             saved.rollback()
             return False
+        except psycopg.Error as exc:  # as SQLAlchemy tells those that it meets itself
+            if driver.closed:
+                connection.invalidate(exc)
+            raise DBAPIError.instance(self._sql, None, exc, psycopg.Error, dialect=connection.dialect) from exc
         saved.commit()
         return True
 

@@ -9,6 +9,7 @@ import pytest
 
 from kser.errors import StorageError
 from kser.events import Event, read
+from kser.storage import bulk
 from kser.storage.projection import Projection, StaleError
 from kser.storage.values import clean_text
 from kser.tracebacks import TracebackInfo
@@ -686,6 +687,36 @@ def test_a_database_that_is_gone_is_an_error_and_nothing_is_moved(storage, monke
         projection.apply(tape.records)
     monkeypatch.undo()
     assert projection.apply(tape.records) == len(tape.records)
+
+
+def test_a_connection_that_ends_while_rows_are_copied_is_an_error_like_any_other(storage, monkeypatch):
+    if storage.database.engine.dialect.name != "postgresql":
+        pytest.skip("only PostgreSQL has COPY, and connections")
+    tape, real, ended = Tape(), bulk._copied_texts, []
+    tape.operation("op", 1)
+    projection = recorder(storage, tape)
+
+    def ends(texts):
+        if not ended:
+            ended.append(True)
+            with storage.database.engine.connect() as other:
+                other.exec_driver_sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle in transaction' "
+                    "AND pid <> pg_backend_pid() AND datname = current_database()"
+                )
+            time.sleep(0.2)
+        return real(texts)
+
+    monkeypatch.setattr(bulk, "_copied_texts", ends)
+    storage_of = Projection(storage.database, "c", "shop")  # it takes what writes its columns when it is made
+    storage_of.positions(tape.partitions)
+    with pytest.raises(StorageError) as caught:
+        storage_of.apply(tape.records)
+    assert ended
+    assert not caught.value.extra["refused"]
+    assert storage.history.list_projections() == []
+    projection.apply(tape.records)
+    assert storage.history.get_operation("op").status == "SUCCESS"
 
 
 def test_a_list_in_use_while_rows_are_written_is_whole(storage):
