@@ -719,6 +719,20 @@ def test_a_connection_that_ends_while_rows_are_copied_is_an_error_like_any_other
     assert storage.history.get_operation("op").status == "SUCCESS"
 
 
+def test_rows_that_copy_does_not_take_are_an_error_like_any_other(storage, monkeypatch):
+    if storage.database.engine.dialect.name != "postgresql":
+        pytest.skip("only PostgreSQL has COPY")
+    real = bulk._copied_texts
+    monkeypatch.setattr(bulk, "_copied_texts", lambda texts: [f"{text}\t" for text in real(texts)])
+    tape = Tape()
+    tape.operation("op", 1)
+    projection = recorder(storage, tape)
+    with pytest.raises(StorageError, match="extra data") as caught:
+        projection.apply(tape.records)
+    assert caught.value.extra["refused"]
+    assert storage.history.list_projections() == []
+
+
 def test_a_list_in_use_while_rows_are_written_is_whole(storage):
     """A reader sees all of a batch or nothing of it."""
     tape = story()
