@@ -178,13 +178,15 @@ class _Crew:
     def __init__(self, bootstrap_servers: str, names: Sequence[str]) -> None:
         self.names = names
         self._bootstrap_servers = bootstrap_servers
-        self._logs = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in __exit__()
         self._processes: list[subprocess.Popen[bytes]] = []
+        #: What each of them writes.
+        self._logs: list[IO[bytes]] = []
 
     def __enter__(self) -> Self:
         try:
             for name in self.names:
-                self._processes.append(_start_worker(name, self._bootstrap_servers, self._logs))
+                self._logs.append(tempfile.TemporaryFile("w+b"))
+                self._processes.append(_start_worker(name, self._bootstrap_servers, self._logs[-1]))
         except BaseException:
             self._end()
             raise
@@ -197,17 +199,9 @@ class _Crew:
 
     def check(self) -> None:
         """Raise CommandFailed when a worker has ended."""
-        for name, process in zip(self.names, self._processes, strict=True):
+        for name, process, log in zip(self.names, self._processes, self._logs, strict=True):
             if process.poll() is not None:
-                raise CommandFailed(f"{name} has ended with exit code {process.returncode}{self._last_words()}")
-
-    def _last_words(self) -> str:
-        # Not by read(): the workers write through the same open file, whose position a seek() would move.
-        file = self._logs.fileno()
-        written = os.pread(file, _LOG_BYTES, max(os.fstat(file).st_size - _LOG_BYTES, 0))
-        lines = written.decode(errors="replace").strip().splitlines()
-        errors = [line for line in lines if line.startswith("kser: error: ")] or lines
-        return f": {errors[-1].removeprefix('kser: error: ')}" if errors else ""
+                raise CommandFailed(f"{name} has ended with exit code {process.returncode}{_last_words(log)}")
 
     def _end(self) -> None:
         for process in self._processes:
@@ -221,10 +215,18 @@ class _Crew:
                 process.wait()
             if process.stdin is not None:
                 process.stdin.close()
-        self._logs.close()
+        for log in self._logs:
+            log.close()
 
 
-def _start_worker(name: str, bootstrap_servers: str, logs: IO[bytes]) -> "subprocess.Popen[bytes]":
+def _last_words(log: IO[bytes]) -> str:
+    written = os.pread(log.fileno(), _LOG_BYTES, max(os.fstat(log.fileno()).st_size - _LOG_BYTES, 0))
+    lines = written.decode(errors="replace").strip().splitlines()
+    errors = [line for line in lines if line.startswith("kser: error: ")] or lines
+    return f": {errors[-1].removeprefix('kser: error: ')}" if errors else ""
+
+
+def _start_worker(name: str, bootstrap_servers: str, log: IO[bytes]) -> "subprocess.Popen[bytes]":
     # What the user has set for other brokers and workers is none of the demo's business.
     ours = ("KSER_", "LOCK_", "RUNNING_FILE", "TERMINATE_FILE")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
@@ -237,8 +239,8 @@ def _start_worker(name: str, bootstrap_servers: str, logs: IO[bytes]) -> "subpro
         cwd=Path(kser.__file__).parent.parent,  # where -m finds this kser, installed or not
         env=environment,
         stdin=subprocess.PIPE,
-        stdout=logs,
-        stderr=logs,
+        stdout=log,
+        stderr=log,
         # Ctrl-C is for this process, which ends the workers when it is done with them.
         start_new_session=True,
     )

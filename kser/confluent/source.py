@@ -48,6 +48,8 @@ _NAME_SESSIONS: Final = 3
 _NAME_CLOSE_S: Final = 2.0
 #: Longest wait on the embedded broker until all partitions are given up, in seconds.
 _STEP_OUT_S: Final = 2.0
+#: How long each of its turns waits for a round of the group.
+_STEP_S: Final = 0.02
 #: How long the client of a member that joins anew may take to leave.
 _LEAVE_S: Final = 5.0
 #: How group metadata begins: its mark, then the generation (KIP-848: the member epoch) in the machine's byte order.
@@ -274,7 +276,8 @@ class ConfluentSource:
         try:
             if self._touch:
                 self._step_out(min(_STEP_OUT_S, timeout_s / 2))
-            self._aside.call(self._consumer.close, max(end - time.monotonic(), 0.1))
+            else:
+                self._aside.call(self._consumer.close, max(end - time.monotonic(), 0.1))
         except TimeoutError:
             logger.warning("The consumer of group %s took over %g s to leave and is left behind", self.group, timeout_s)
         except (KafkaException, RuntimeError) as exc:
@@ -283,16 +286,22 @@ class ConfluentSource:
         self._raise_failure()
 
     def _step_out(self, timeout_s: float) -> None:
-        """Give up all partitions, so that close() meets no rebalance.
+        """Leave the group and drop the client, instead of closing it: on the embedded broker.
 
-        confluent-kafka holds Python's lock while it completes one, and inside close() librdkafka may never answer it
-        (librdkafka#4041). Seen with the quick groups of the embedded broker only. Elsewhere a static member would leave
-        the group by this, and its partitions would move.
+        confluent-kafka holds Python's lock while it completes a round of the group, and inside close() librdkafka may
+        never answer it (librdkafka#4041). Seen with the quick groups of the embedded broker only, when a member that
+        has just joined leaves. Elsewhere a static member would leave the group by this, and its partitions would move.
         """
         end = time.monotonic() + timeout_s
         self._aside.call(self._consumer.unsubscribe, timeout_s)
-        while self._consumer.assignment() and time.monotonic() < end:
-            self._consumer.poll(0.02)
+        while True:
+            # Once at least: what was just about to be assigned is a round too, behind which the group is left.
+            self._consumer.poll(_STEP_S)
+            if not self._consumer.assignment() or time.monotonic() >= end:
+                break
+        client = [self._consumer]
+        del self._consumer
+        self._aside.call(client.clear, timeout_s)
 
     # -- records -------------------------------------------------------------------------------------------------------
 

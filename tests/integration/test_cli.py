@@ -363,9 +363,9 @@ def test_an_interrupted_demo_leaves_nothing_behind(signum, code, moment):
 
 
 def test_a_demo_whose_worker_ends_fails_with_the_workers_last_words(monkeypatch):
-    def start(name, bootstrap_servers, logs):
+    def start(name, bootstrap_servers, log):
         code = "import sys; print('out of dice', file=sys.stderr); sys.exit(3)"
-        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=logs, stderr=logs)
+        return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=log, stderr=log)
 
     monkeypatch.setattr(demo_module, "_start_worker", start)
     result = CliRunner().invoke(cli, ["demo", "--operations", "1"])

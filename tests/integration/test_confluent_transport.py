@@ -1028,6 +1028,31 @@ def test_a_polling_source_starves_nobody(embedded, opened: ExitStack):
     assert time.monotonic() - started < 10
 
 
+#: A member that leaves before it has seen its first round, of a broker as new as itself; many times.
+LEAVING_AT_ONCE = """
+import faulthandler
+from kser.confluent.embedded import EmbeddedBroker
+from kser.confluent.transport import ConfluentTransport
+
+class Listener:
+    on_assign = on_revoke = on_lost = lambda self, partitions: []
+
+faulthandler.dump_traceback_later(60, exit=True)
+for _ in range(60):
+    with EmbeddedBroker({"t": 2}) as broker:
+        source = ConfluentTransport({"bootstrap.servers": broker.bootstrap_servers}).source("g")
+        source.subscribe(["t"], Listener())
+        source.close(5)
+"""
+
+
+def test_a_member_that_leaves_just_as_partitions_come_does_not_hang():
+    """In a process of its own: it hung with Python's lock in its hands (one in twenty, before source._step_out())."""
+    command = [sys.executable, "-c", LEAVING_AT_ONCE]
+    ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90, check=False)
+    assert ended.returncode == 0, ended.stderr
+
+
 # -- sending -----------------------------------------------------------------------------------------------------------
 
 

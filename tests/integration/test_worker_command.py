@@ -245,6 +245,12 @@ def place(embedded, make_topic, topic_name, tmp_path, monkeypatch):
             except AssertionError as exc:
                 raise AssertionError(f"{exc}: {self.said()}") from None
 
+        def end_of(self, process, seconds):
+            try:
+                return process.wait(seconds)
+            except subprocess.TimeoutExpired as exc:
+                raise AssertionError(f"{exc}: {self.said()}") from None
+
         def wait_for(self, pattern, times=1):
             self.until(lambda: len(re.findall(pattern, self.said())) >= times, f"{pattern} in the log")
 
@@ -316,7 +322,7 @@ def test_processes_share_the_group_and_drain_though_a_signal_reaches_all_of_them
     place.send(sleep=1.5)
     for pid in (parent.pid, *place.pids()):
         os.kill(pid, signal.SIGTERM)
-    assert parent.wait(30) == 0, place.said()
+    assert place.end_of(parent, 30) == 0, place.said()
     assert place.said().count("Worker.Stopped: 1 done") == 1
     for pid in place.pids():  # lines of several processes in one log can be told apart
         assert re.search(rf"^\S+ \S+ INFO     {pid} Worker\.Starting\.\.\. ", place.said(), re.M), place.said()
@@ -368,7 +374,7 @@ def test_a_worker_in_python_has_processes_as_well(place, start_python, tmp_path)
     assert {int(pid) for name, pid, _ in ran if name == "Here"} <= set(place.pids())
     assert {int(parent_pid) for name, _, parent_pid in ran if name == "Apart"} <= set(place.pids())
     parent.terminate()
-    assert parent.wait(30) == 0, place.said()
+    assert place.end_of(parent, 30) == 0, place.said()
     assert place.said().splitlines()[-1] == "over"
     assert place.said().count("over") == 1
 
@@ -389,7 +395,7 @@ def test_a_killed_process_is_started_again_and_none_outlives_the_parent(place, s
 def test_a_name_that_a_live_process_has_is_refused_and_not_tried_again(place, start):
     with take_slot(place.group, "w-1"):
         parent = start("--processes", 2, "--name", "w")
-        assert parent.wait(30) == 2, place.said()
+        assert place.end_of(parent, 30) == 2, place.said()
     assert f"has the name w-1 on this host (process {os.getpid()})" in place.said()
     assert len(place.pids()) == 2
     assert all(has_ended(pid) for pid in place.pids())
@@ -402,7 +408,7 @@ def test_asked_twice_processes_do_not_wait_for_their_tasks_and_end_with_4(place,
     place.wait_for("Stopping: up to 60", 1)
     assert parent.poll() is None
     os.killpg(parent.pid, signal.SIGINT)
-    assert parent.wait(20) == 4, place.said()
+    assert place.end_of(parent, 20) == 4, place.said()
     assert "1 task(s) did not end within 60 s and were left" in place.said()
 
 
@@ -412,7 +418,7 @@ def test_a_worker_ends_well_while_its_stdin_is_open(place, start):
     place.wait_for("Worker.Starting")
     place.send()
     child.terminate()
-    assert child.wait(20) == 0, place.said()
+    assert place.end_of(child, 20) == 0, place.said()
     assert "Worker.Stopped: 1 done" in place.said()
 
 
@@ -420,7 +426,7 @@ def test_a_task_that_runs_past_the_drain_is_left_and_the_exit_code_is_4(place, s
     child = start("--drain", 0.3)
     place.send(sleep=60)
     child.terminate()
-    assert child.wait(20) == 4, place.said()
+    assert place.end_of(child, 20) == 4, place.said()
     assert "still runs past the budget: it is left unsettled" in place.said()
 
 
