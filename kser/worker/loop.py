@@ -197,6 +197,9 @@ class Loop:
         self.backlog = Backlog(self.lot, self.dispatcher, worker.max_in_flight, worker.max_bytes)
         #: Paused because too much of them waits.
         self.clogged: set[Partition] = set()
+        #: Paused because the next crash would make suspects of what comes, until less of that is unfinished.
+        self.guarded: dict[Partition, PartitionState] = {}
+        self._guard_at = 0.0
         #: Who was first with a key. Not loaded before the first claim of a partition comes: most never see one.
         self.store = StateStore(transport, worker.group, create=worker.create_topics)
         self.loader = StateLoader(self.store, lambda: self._inbox.put(None))
@@ -270,6 +273,8 @@ class Loop:
         if self.watch is not None and self.watch.version != self._watched:
             self._heed(self.watch)
         self._clog()
+        if self.guarded:
+            self._guard(now)
         loading = bool(self.loader.loading) and self._load()
         working = bool(self.in_flight or self.pending or self.batch is not None or loading)
         full = self._full()
@@ -294,7 +299,7 @@ class Loop:
                 "worker ends, so that a new one starts without them"
             )
         busy = working or records or self.in_flight or self.pending or self.uncommitted or self._storing
-        return bool(self.parts) and not (busy or loading or self.lot.items)
+        return bool(self.parts) and not (busy or loading or self.lot.items or self.guarded)
 
     def _load(self) -> bool:
         """Go on with the partitions whose state is here now; whether others wait for theirs."""
@@ -339,7 +344,7 @@ class Loop:
 
     def _go_on(self, partitions: Iterable[Partition]) -> None:
         """Fetch those again that nothing else keeps paused."""
-        kept = (self.halted, self.bounded, self.stilled, self.clogged, self.loader.loading)
+        kept = (self.halted, self.bounded, self.stilled, self.clogged, self.guarded, self.loader.loading)
         free = [of for of in partitions if of in self.parts and not any(of in paused for paused in kept)]
         if free:
             self.source.resume(free)
@@ -398,7 +403,7 @@ class Loop:
         partition is met once.
         """
         self._kicked = now
-        paused = self.halted | self.bounded | self.stilled | self.clogged | self.loader.loading
+        paused = self.halted | self.bounded | self.stilled | self.clogged | self.guarded.keys() | self.loader.loading
         quiet = [state for of, state in self.parts.items() if of not in paused]
         if not quiet:
             return
@@ -442,6 +447,7 @@ class Loop:
         fresh: dict[PartitionState, Position] = {}
         settle_id = ""
         early: dict[PartitionState, int] = {}
+        beyond: dict[PartitionState, int] = {}
         topic, partition, state = "", -1, None  # of the record before: they come by partition
         for record in records:
             if record.partition != partition or record.topic != topic:
@@ -449,7 +455,7 @@ class Loop:
                 state = parts.get((topic, partition))  # type: ignore[call-overload]
                 if state is not None and state.closed:
                     state = None
-            if state is None or (early and state in early):
+            if state is None or (early and state in early) or (beyond and state in beyond):
                 continue
             named = dict(record.headers) if record.headers else _UNNAMED
             key = named.get(headers.CLAIM)
@@ -459,6 +465,9 @@ class Loop:
             if not state.marked:
                 settle_id = settle_id or self._settle_id()
                 fresh[state] = self._mark(state, record.offset, settle_id)
+            if state.crashes and state.beyond(record.offset):
+                beyond[state] = record.offset
+                continue
             wanted = state.take(record.offset)
             if not wanted:
                 self.stats["skipped" if wanted is None else "came again"] += 1
@@ -482,6 +491,8 @@ class Loop:
                 size += len(record.value)
         if early:
             self._hold_back(early)
+        if beyond:
+            self._give_slices(beyond)
         if fresh:
             self._open(fresh, settle_id)
             if any(state.closed for state in fresh):  # others had it
@@ -520,12 +531,50 @@ class Loop:
             self.source.pause([state.of])
             self.source.seek(Position(*state.of, offset))
 
+    def _give_slices(self, beyond: Mapping[PartitionState, int]) -> None:
+        """Fetch from these offsets on again once less of what the next crash makes suspects is unfinished."""
+        for state, offset in beyond.items():
+            self.guarded[state.of] = state
+            self.source.pause([state.of])
+            self.source.seek(Position(*state.of, offset))
+
+    def _guard(self, now: float) -> None:
+        """Go on with those of which more may be started: each commit says up to where."""
+        free: list[Partition] = []
+        quiet: dict[PartitionState, Position] = {}
+        settle_id = ""
+        for of, state in self.guarded.items():
+            if state.reach > state.position:
+                free.append(of)
+            elif self._guard_at <= now and len(state.running) <= len(state.parked) and not self._has_unsettled(state):
+                settle_id = settle_id or self._settle_id()  # no commit comes by itself
+                quiet[state] = state.commit_point(settle_id)
+        for of in free:
+            del self.guarded[of]
+        self._go_on(free)
+        if quiet:
+            self._open(quiet, settle_id)
+            if any(state.reach <= state.position for state in quiet):
+                self._guard_at = time.monotonic() + _BACKOFF_S
+
+    def _has_unsettled(self, state: PartitionState) -> bool:
+        """Whether something of it was run whose commit is still to come, or out."""
+        batches = [batch for batch in (self.batch, self.unknown) if batch is not None]
+        return (
+            state in self.uncommitted
+            or state in self._storing
+            or any(state in batch.states for batch in batches)
+            or any(item.state is state for item in self.pending)
+        )
+
     def _mark(self, state: PartitionState, offset: int, settle_id: str) -> Position:
         """What to commit before the first record of a partition is run, the one with this offset."""
         if state.position < 0:
             state.position = offset
         state.marked = True
-        return state.commit_point(settle_id)
+        position = state.commit_point(settle_id)
+        state.confirm()  # nothing of it is run before that is tried
+        return position
 
     def _open(self, fresh: dict[PartitionState, Position], settle_id: str) -> None:
         """Commit that these partitions are being worked on: whoever finds that later knows that this worker crashed.
@@ -554,6 +603,8 @@ class Loop:
         end = time.monotonic() + _STORE_S
         if not self.exactly_once:
             self.source.commit(positions, _STORE_S)
+            for state in states:
+                state.confirm()
             return
         while self._wait_for_settler(end):
             member = self.source.member()
@@ -1103,6 +1154,8 @@ class Loop:
     def _stored(self, error: Error | None) -> None:
         states, self._storing = self._storing, set()
         if error is None:
+            for state in states:
+                state.confirm()
             return
         # Nothing is lost: killed before the next try, these records run again. On a GroupError a rebalance is about to
         # say whose the partitions are.
@@ -1176,6 +1229,7 @@ class Loop:
             self.parts[position.of] = state = PartitionState(position.of, position)
             if state.was_open:
                 self._crashed(state)
+            self.guarded.pop(position.of, None)
             for paused in (self.halted, self.bounded, self.stilled, self.clogged, self.backlog.clogged):
                 paused.discard(position.of)
         self._watched = -1  # so that topics that people paused are paused again
@@ -1304,6 +1358,7 @@ class Loop:
         for state in gone:
             state.gone = True
             self.uncommitted.discard(state)
+            self.guarded.pop(state.of, None)
             for paused in (self.halted, self.bounded, self.stilled, self.clogged, self.backlog.clogged):
                 paused.discard(state.of)
         self.pending = [item for item in self.pending if not item.state.gone]

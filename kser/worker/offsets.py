@@ -11,6 +11,7 @@ The body has sections with ``|`` between them, numbers are hexadecimal, offsets 
     {position},{unfinished offset less the one before},...
     p{offset}.{attempt}.{due, tenths of a second since the epoch},...     parked: waits for its next attempt
     c{end}.{crashes},...      what is unfinished below ``end`` was being run so often when a worker crashed
+    s{reach}                  of what the next crash makes suspects, nothing from here on was started
     o                         open: an owner that ends as it should takes this away
 
 It lists the unfinished and not the finished ones, because transaction markers and compaction leave gaps that would
@@ -38,6 +39,9 @@ _SHORT: Final = 64
 SUSPECT_AFTER: Final = 3
 #: Of the records above what is committed, so many may have been in the hands of a worker that crashed.
 WINDOW: Final = 5000
+#: So many of those that the next crash makes suspects are taken at a time. Else three workers that were killed soon one
+#: after the other, by whatever, make suspects of all that was waiting, which then runs one by one.
+SLICE: Final = 64
 
 
 class Parked(NamedTuple):
@@ -62,6 +66,8 @@ class Committed(NamedTuple):
     crashes: Sequence[tuple[int, int]] = ()
     #: The owner that committed this has not let go of the partition as it should.
     open: bool = False
+    #: Of what had all crashes but the last, only what is below it was started; None when there was no such thing.
+    reach: int | None = None
 
 
 def encode(
@@ -73,6 +79,7 @@ def encode(
     crashes: Iterable[tuple[int, int]] = (),
     *,
     open_: bool = False,
+    reach: int | None = None,
 ) -> str:
     """The metadata for the committed offset ``base``.
 
@@ -84,6 +91,7 @@ def encode(
         parked: which of them wait for an attempt.
         crashes: (end, crashes), ascending, above ``base``.
         open_: the partition is being worked on.
+        reach: see Committed.
 
     Raises ValidationError when it does not fit into METADATA_BYTES.
     """
@@ -98,6 +106,8 @@ def encode(
         body += "|c" + counted
     if open_:
         body += "|o"
+    if reach is not None:
+        body += f"|s{reach - base:x}"
     if len(body) > _SHORT:
         body = "z" + base64.b85encode(zlib.compress(body.encode(), 6)).decode()
     text = f"{_VERSION};{settle_id};{body}"
@@ -128,6 +138,7 @@ def decode(base: int, metadata: str) -> Committed:
     parked: dict[int, Parked] = {}
     crashes: list[tuple[int, int]] = []
     open_ = False
+    reach: int | None = None
     try:
         text = zlib.decompress(base64.b85decode(body[1:])).decode() if body[:1] == "z" else body
         first, *sections = text.split("|")
@@ -144,13 +155,15 @@ def decode(base: int, metadata: str) -> Committed:
                 elif section[0] == "c":
                     upto, count = numbers
                     crashes.append((base + upto, count))
+                elif section[0] == "s":
+                    reach = base + numbers[0]
     except (ValueError, IndexError, zlib.error, binascii.Error):
         return Committed("", base)
     unfinished, offset = [], base
     for delta in deltas:
         offset += delta
         unfinished.append(offset)
-    return Committed(settle_id, base + length, unfinished, parked, crashes, open_)
+    return Committed(settle_id, base + length, unfinished, parked, crashes, open_, reach)
 
 
 class PartitionState:
@@ -170,6 +183,8 @@ class PartitionState:
         "_high",
         "_inherited",
         "_inherited_end",
+        "_reach",
+        "asked",
         "base",
         "closed",
         "crashes",
@@ -181,6 +196,7 @@ class PartitionState:
         "of",
         "parked",
         "position",
+        "reach",
         "round",
         "running",
         "seen",
@@ -219,6 +235,11 @@ class PartitionState:
         self.crashes: list[tuple[int, int]] = []
         #: True when the owner before did not let go as it should.
         self.was_open = False
+        #: Of what the next crash makes suspects only what is below it may be started; in what was asked to be committed
+        #: last, and in what is known to be committed.
+        self.asked = self.reach = 0
+        #: The one of the owner before.
+        self._reach: int | None = None
         if committed is not None and committed.offset >= 0:
             found = decode(committed.offset, committed.metadata)
             self.known = found.settle_id
@@ -228,6 +249,7 @@ class PartitionState:
             self.parked = dict(found.parked)
             self.crashes = list(found.crashes)
             self.was_open = found.open
+            self._reach = found.reach
 
     def crashed(self, end: int) -> None:
         """The owner before crashed (``was_open``): what it may have been running is noted.
@@ -235,10 +257,29 @@ class PartitionState:
         ``end``: of the partition when that was found out; what came later it cannot have had.
         """
         end = min(end, max(self.base, self._inherited_end) + WINDOW)
-        counted = [(upto, count + 1) for upto, count in self.crashes if upto <= end]
-        if (counted[-1][0] if counted else self.base) < end:
-            counted.append((end, 1))
+        counted: list[tuple[int, int]] = []
+
+        def note(upto: int, count: int) -> None:
+            if (counted[-1][0] if counted else self.base) < upto:
+                if counted and counted[-1][1] == count:
+                    counted.pop()
+                counted.append((upto, count))
+
+        for upto, count in [*self.crashes, (end, 0)]:
+            if count == SUSPECT_AFTER - 1 and self._reach is not None:
+                note(min(upto, end, self._reach), count + 1)
+                note(min(upto, end), count)
+            else:
+                note(min(upto, end), count + 1)
         self.crashes = counted
+
+    def confirm(self) -> None:
+        """Note that what was asked for last is committed."""
+        self.reach = self.asked
+
+    def beyond(self, offset: int) -> bool:
+        """Whether this record has to wait: the next crash makes suspects of all that may have been started."""
+        return offset >= self.reach and self.crashes_of(offset) == SUSPECT_AFTER - 1
 
     def crashes_of(self, offset: int) -> int:
         """How many workers crashed while they may have been running this record."""
@@ -308,6 +349,11 @@ class PartitionState:
         crashes = self.crashes
         if crashes and crashes[0][0] <= base:
             crashes = self.crashes = [(upto, count) for upto, count in crashes if upto > base]
+        reach = None
+        if crashes and any(count == SUSPECT_AFTER - 1 for _, count in crashes):
+            if len(self.running) - len(self.parked) <= SLICE // 4:
+                self.asked = max(self.position, base) + SLICE
+            reach = max(self.asked, base)
         return Position(
             self.of.topic,
             self.of.partition,
@@ -320,5 +366,6 @@ class PartitionState:
                 self.parked,
                 crashes,
                 open_=self.marked and not clean,
+                reach=reach,
             ),
         )

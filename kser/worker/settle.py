@@ -68,6 +68,8 @@ class Batch:
         for state in self.states:
             if state.of in committed:
                 state.known = self.settle_id
+                if self.member is not None:
+                    state.confirm()
 
 
 @dataclass(slots=True)

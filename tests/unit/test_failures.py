@@ -16,7 +16,7 @@ from kser.producer import BaseProducer
 from kser.transport import OutRecord, Partition, Position, TopicSpec
 from kser.transport.memory import MemorySink, MemoryTransport
 from kser.transport.partitioner import partition_of
-from kser.worker.offsets import SUSPECT_AFTER, Parked, PartitionState, decode, encode
+from kser.worker.offsets import SLICE, SUSPECT_AFTER, Parked, PartitionState, decode, encode
 from tests.unit.test_worker import GROUP, TOPIC, Running, committed, view, wait_for
 
 QUICK = Retry(attempts=3, backoff_s=0.05, jitter=0)
@@ -564,6 +564,62 @@ def test_each_crash_counts_for_what_may_have_been_running_and_not_for_what_came_
     assert counts[-1][0] == SUSPECT_AFTER
 
 
+def test_the_third_crash_makes_suspects_only_of_what_may_have_been_started():
+    of, ranges = Partition("t", 0), [(500, 2), (900, 1)]
+    state = PartitionState(of, Position("t", 0, 100, encode("i", 100, 100, (), None, ranges, open_=True, reach=164)))
+    state.crashed(2000)
+    assert state.crashes == [(164, 3), (900, 2), (2000, 1)]
+    state.marked = True
+    position = state.commit_point("i")
+    assert decode(100, position.metadata).reach == 100 + SLICE
+    state.confirm()
+    assert not state.beyond(100 + SLICE - 1)  # neither what is a suspect already
+    assert state.beyond(100 + SLICE)
+    assert not state.beyond(900)  # nor what the next crash makes none
+    for offset in range(100, 100 + SLICE):
+        state.take(offset)
+    assert decode(100, state.commit_point("i").metadata).reach == 100 + SLICE  # more only when these are done
+    for offset in range(100, 100 + SLICE):
+        state.finished(offset)
+    assert decode(100 + SLICE, state.commit_point("i").metadata).reach == 100 + 2 * SLICE
+    assert state.beyond(100 + SLICE)  # not before that is committed
+    state.confirm()
+    assert not state.beyond(100 + SLICE)
+
+
+def test_what_the_next_crash_would_make_suspects_is_taken_a_slice_at_a_time(registry, transport, start):
+    """Three workers that are killed do not make suspects of all that waits; and nothing is held up for good."""
+    count, early = 6 * SLICE, []
+
+    @registry.task
+    def step(n: int):
+        (position,) = stored(transport)
+        reach = decode(position.offset, position.metadata).reach
+        if SLICE <= n < count - 10 and not n < reach:
+            early.append((n, reach))
+        time.sleep(0.001)
+
+    for n in range(count):
+        raw = step(params={"n": n}).to_Message().to_bytes()
+        transport.sink().produce(OutRecord(TOPIC, b"%d" % n, raw, partition=0))
+    source = transport.source(GROUP)
+    join(source)
+    done = range(3 * SLICE, 5 * SLICE)  # by an owner before: a slice in which nothing is left to run
+    unfinished = [n for n in range(count) if n not in done]
+    metadata = encode("i", 0, count, unfinished, None, [(count - 10, 2)], open_=True, reach=SLICE)
+    source.commit([Position(TOPIC, 0, 0, metadata)])
+    source.close()
+    one = start()
+    wait_for(lambda: committed(transport) == count)
+    assert one.worker.stats["suspects"] == SLICE
+    assert one.worker.stats["done"] == len(unfinished)
+    assert early == []
+    one.worker.stop()
+    one.stop()
+    (position,) = stored(transport)
+    assert decode(position.offset, position.metadata)[4:] == ([], False, None)
+
+
 def test_what_was_running_at_three_crashes_runs_apart_and_what_is_finished_is_forgotten(registry, transport, start):
     ran = []
 
@@ -606,8 +662,8 @@ def join(source):
 
 def test_parked_records_and_crashes_are_read_as_they_were_written():
     parked = {7: Parked(3, 1_900_000_000_100), 4096: Parked(12, 5_000)}
-    found = decode(5, encode("i", 5, 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], open_=True))
-    assert found == ("i", 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], True)
+    found = decode(5, encode("i", 5, 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], open_=True, reach=69))
+    assert found == ("i", 5000, [5, 7, 4096], parked, [(9, 2), (6000, 1)], True, 69)
 
 
 # -- told by people ----------------------------------------------------------------------------------------------------
