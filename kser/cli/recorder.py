@@ -48,9 +48,9 @@ def recorder(rebuild: bool, group: str | None, storage: str, connection: Connect
     with open_sql(storage) as opened:
         running = Recorder(transport, opened, group=named)
         with stopping_on_signals(running.stop):
-            with connection.patience():  # told before recording is said to begin, and tables are made
+            with connection.patience():  # told before tables are made
                 transport.admin().describe(topics, _ANSWER_S)
             opened.prepare()
-            click.echo(f"Recording group {named} into {safe_url(storage)}; Ctrl-C ends it", err=True)
-            running.run(rebuild=rebuild)
+            said = f"Recording group {named} into {safe_url(storage)}; Ctrl-C ends it"
+            running.run(rebuild=rebuild, on_start=lambda: click.echo(said, err=True))
     click.echo(f"{running.recorded} record(s) stored", err=True)

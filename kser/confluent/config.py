@@ -17,6 +17,7 @@ from kser.confluent.properties import ALIASES, CONSUMER, KNOWN, PRODUCER
 from kser.errors import ConfigurationError
 from kser.masking import MASK, looks_secret
 from kser.results import shown
+from kser.tracebacks import log_raised
 from kser.transport.groups import checked_member_id
 
 __all__ = [
@@ -344,7 +345,7 @@ def _guarded(callback: Callable[[Any], object]) -> Callable[[Any], None]:
         try:
             callback(event)
         except Exception:  # noqa: BLE001 - user code, called by the client
-            logger.exception("%r of the Kafka settings raised", callback)
+            log_raised(logger, "%r of the Kafka settings raised", callback)
 
     return guarded
 

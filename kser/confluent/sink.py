@@ -19,6 +19,7 @@ from kser.confluent.logs import ClientState, logger
 from kser.confluent.numbered import Numbered
 from kser.confluent.source import ConfluentMember, message_partition, to_offsets
 from kser.errors import DeliveryError, Error, FencedError, GroupError, TransportError, ValidationError
+from kser.tracebacks import log_raised
 from kser.transport import EXPIRED_SHARE, DeliveryCallback, GroupMember, OutRecord, Position
 
 __all__ = ["ConfluentSink"]
@@ -339,7 +340,7 @@ class ConfluentSink:
             elif purges != self._purges or not self._again(error, message, partial(self._deliver, on_delivery, purges)):
                 on_delivery(self._undelivered(error, message))
         except Exception:  # noqa: BLE001 - the caller's code
-            logger.exception("on_delivery %r raised", on_delivery)
+            log_raised(logger, "on_delivery %r raised", on_delivery)
         except BaseException as exc:  # noqa: BLE001 - raised again by the call that served this callback
             self._escaped = exc
 

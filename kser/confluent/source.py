@@ -26,6 +26,7 @@ from kser.confluent.errors import LOST, is_fatal, kafka_error, kafka_errors, tra
 from kser.confluent.logs import ClientState, logger
 from kser.confluent.membership import HeartbeatLog, Watch, groups_of
 from kser.errors import ConfigurationError, Error, GroupError, OffsetLostError, TransportError, ValidationError
+from kser.tracebacks import log_raised
 from kser.transport import DeliveryCallback, GroupMember, Partition, Position, RebalanceListener, Record
 
 __all__ = ["ConfluentMember", "ConfluentSource", "message_partition", "to_offsets"]
@@ -924,7 +925,7 @@ def _tell(on_stored: DeliveryCallback, outcome: Error | None) -> None:
     try:
         on_stored(outcome)
     except Exception:  # noqa: BLE001 - the caller's code
-        logger.exception("on_stored %r raised", on_stored)
+        log_raised(logger, "on_stored %r raised", on_stored)
 
 
 def message_partition(message: Message) -> int:

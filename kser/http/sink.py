@@ -14,6 +14,7 @@ from kser.errors import DeliveryError, Error, TransportError, ValidationError
 from kser.http.client import ApiClient, error_of
 from kser.http.wire import MAX_BODY_BYTES, MAX_MESSAGES, MESSAGES_PATH
 from kser.schemas import parse
+from kser.tracebacks import log_raised
 from kser.transport import DeliveryCallback, GroupMember, OutRecord, Position
 
 __all__ = ["HttpSink", "record_as_json"]
@@ -190,8 +191,8 @@ class HttpSink:
         for item, error in zip(items, answers, strict=True):
             try:
                 item.tell(error)
-            except Exception:
-                logger.exception("A delivery callback raised; it must not")
+            except Exception:  # noqa: BLE001 - the caller's code
+                log_raised(logger, "A delivery callback raised; it must not")
         with self._changed:
             self._open -= len(items)
             self._told += 1

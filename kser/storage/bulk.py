@@ -1,14 +1,14 @@
 """Very many rows in one statement, each driver by the way it is fastest: PostgreSQL by COPY, sqlite by long VALUES.
 
 SQLAlchemy looks at each value of each row, which takes longer than the database needs to store it. So what is given
-here must be ready: texts without NUL and lone surrogates (clean_text), times in UTC, JSON as text.
+here must be ready: texts without NUL and lone surrogates (clean_text), times in UTC, JSON as text. How the driver takes
+a row is made out before, by pack(), while another thread waits for the database.
 """
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import lru_cache
 from itertools import chain
-from operator import itemgetter
 from typing import Any, Final
 
 import orjson
@@ -34,9 +34,11 @@ from sqlalchemy.exc import DBAPIError
 
 from kser.storage.schema import UtcTime
 
-__all__ = ["BulkInsert", "BulkUpdate", "among"]
+__all__ = ["BulkInsert", "BulkUpdate", "Packed", "among", "columns_of"]
 
 Rows = Sequence[dict[str, Any]]
+#: What BulkInsert.pack() makes, a row each.
+Packed = Sequence[Any]
 #: Rows in one statement of sqlite: few sizes, so that the driver finds them among those it has prepared. executemany()
 #: takes Python's lock for each row, and waits for it 5 ms each time while another thread is busy.
 _SIZES: Final = (500, 50, 5, 1)
@@ -61,32 +63,44 @@ class BulkInsert:
     Args:
         table: where to.
         names: its columns that the rows have.
+        dialect: the database's name for SQLAlchemy.
 
     Thread rule: may be shared by threads.
     """
 
-    def __init__(self, table: Table, names: Sequence[str]) -> None:
-        columns = ", ".join(map(_QUOTE, names))
-        head = f"INSERT INTO {_QUOTE(table.name)} ({columns}) VALUES "  # noqa: S608 - names of the schema
-        self._values = _Values(table, names, head, " ON CONFLICT DO NOTHING")
-        self._copy = _Copy(table, names)
-        given = _recordset(table, names)
-        new = postgresql.insert(table).from_select(list(names), select(*(given.c[name] for name in names)))
-        self._json = new.on_conflict_do_nothing()
+    def __init__(self, table: Table, names: Sequence[str], dialect: str) -> None:
+        self._names = names
+        self._copy: _Copy | None = None
+        self._values: _Values | None = None
+        if dialect == postgresql.dialect.name:
+            self._copy = _Copy(table, names)
+            given = _recordset(table, names)
+            new = postgresql.insert(table).from_select(list(names), select(*(given.c[name] for name in names)))
+            self._json = new.on_conflict_do_nothing()
+        else:
+            columns = ", ".join(map(_QUOTE, names))
+            head = f"INSERT INTO {_QUOTE(table.name)} ({columns}) VALUES "  # noqa: S608 - names of the schema
+            self._values = _Values(table, names, head, " ON CONFLICT DO NOTHING")
 
-    def all_or_none(self, connection: Connection, rows: Rows) -> bool:
+    def pack(self, columns: Sequence[list[Any]]) -> Packed:
+        """Rows as the driver takes them, from the values of each column: work for which no connection is needed."""
+        packer = self._copy or self._values
+        assert packer is not None
+        return packer.pack(columns)
+
+    def all_or_none(self, connection: Connection, packed: Packed) -> bool:
         """Insert them if none is there, where that is quicker than to look; False: none was made."""
-        return _is_postgresql(connection) and self._copy.execute(connection, rows)
+        return self._copy is not None and self._copy.execute(connection, packed)
 
-    def __call__(self, connection: Connection, rows: Rows) -> int:
-        """Insert them; how many were made. The rows are changed."""
-        if not rows:
+    def __call__(self, connection: Connection, packed: Packed, rows: Callable[[], Rows]) -> int:
+        """Insert them; how many were made. ``rows``: makes the same rows again, which is seldom needed."""
+        if not packed:
             return 0
-        if not _is_postgresql(connection):
-            return self._values.execute(connection, rows)
-        if self._copy.execute(connection, rows):
-            return len(rows)
-        return _execute(connection, self._json, rows)
+        if self._values is not None:
+            return self._values.execute(connection, packed)
+        if self.all_or_none(connection, packed):
+            return len(packed)
+        return _execute(connection, self._json, rows())
 
 
 class BulkUpdate:
@@ -102,6 +116,7 @@ class BulkUpdate:
 
     def __init__(self, table: Table, names: Sequence[str], *, key: str) -> None:
         given, changed = [*names, key], _QUOTE(table.name)
+        self._names = given
         sets = ", ".join(f"{_QUOTE(name)} = given.{_QUOTE(name)}" for name in names)
         head = f"WITH given ({', '.join(map(_QUOTE, given))}) AS (VALUES "
         where = f"{changed}.{_QUOTE(key)} = given.{_QUOTE(key)}"
@@ -111,12 +126,17 @@ class BulkUpdate:
         self._json = update(table).where(table.c[key] == new.c[key]).values({name: new.c[name] for name in names})
 
     def __call__(self, connection: Connection, rows: Rows) -> int:
-        """Set the columns of these rows; how many there were. The rows are changed."""
+        """Set the columns of these rows; how many there were."""
         if not rows:
             return 0
         if not _is_postgresql(connection):
-            return self._values.execute(connection, rows)
+            return self._values.execute(connection, self._values.pack(columns_of(rows, self._names)))
         return _execute(connection, self._json, rows)
+
+
+def columns_of(rows: Rows, names: Sequence[str]) -> list[list[Any]]:
+    """The values of each of these columns."""
+    return [[row[name] for row in rows] for name in names]
 
 
 class _Values:
@@ -125,27 +145,33 @@ class _Values:
     def __init__(self, table: Table, names: Sequence[str], head: str, tail: str) -> None:
         row = f"({', '.join('?' * len(names))})"
         self._statements = {size: f"{head}{', '.join([row] * size)}{tail}" for size in _SIZES}
-        self._pick = itemgetter(*names)
-        self._times = [name for name in names if isinstance(table.c[name].type, UtcTime)]
+        self._are_times = [isinstance(table.c[name].type, UtcTime) for name in names]
 
-    def execute(self, connection: Connection, rows: Rows) -> int:
+    def pack(self, columns: Sequence[list[Any]]) -> Packed:
+        """Tuples."""
+        given = zip(self._are_times, columns, strict=True)
+        ready = [_times_of_sqlite(values) if are_times else values for are_times, values in given]
+        return list(zip(*ready, strict=True))
+
+    def execute(self, connection: Connection, packed: Packed) -> int:
         """How many rows it made or changed."""
-        for name in self._times:
-            for row in rows:
-                if (time := row[name]) is not None:
-                    row[name] = _time_of_sqlite(time)
-        picked, count, at = list(map(self._pick, rows)), 0, 0
+        count, at = 0, 0
         for size in _SIZES:
-            while len(picked) - at >= size:
-                values = tuple(chain.from_iterable(picked[at : at + size]))
+            while len(packed) - at >= size:
+                values = tuple(chain.from_iterable(packed[at : at + size]))
                 count += connection.exec_driver_sql(self._statements[size], values).rowcount
                 at += size
         return count
 
 
-@lru_cache(maxsize=1024)  # many rows of a batch have the same
+def _times_of_sqlite(times: list[datetime | None]) -> list[str | None]:
+    return [None if time is None else _time_of_sqlite(time) for time in times]
+
+
+# A time that is looked up again is most often the same object, which knows its hash.
+@lru_cache(maxsize=4096)
 def _time_of_sqlite(time: datetime) -> str:
-    return time.replace(tzinfo=None).isoformat(" ", "microseconds")
+    return time.isoformat(" ", "microseconds")[:-6]  # it is in UTC: +00:00
 
 
 class _Copy:
@@ -153,19 +179,22 @@ class _Copy:
 
     def __init__(self, table: Table, names: Sequence[str]) -> None:
         self._sql = f"COPY {_QUOTE(table.name)} ({', '.join(map(_QUOTE, names))}) FROM STDIN"
-        self._fields = [(name, _fields_of(table.c[name])) for name in names]
+        self._fields = [_fields_of(table.c[name]) for name in names]
 
-    def execute(self, connection: Connection, rows: Rows) -> bool:
+    def pack(self, columns: Sequence[list[Any]]) -> Packed:
+        """Lines."""
+        ready = [fields(values) for fields, values in zip(self._fields, columns, strict=True)]
+        return list(map("\t".join, zip(*ready, strict=True)))
+
+    def execute(self, connection: Connection, packed: Packed) -> bool:
         """Whether they were made; False when one of them was there, and none was made."""
         import psycopg  # here: it may not be installed
 
-        columns = [fields([row[name] for row in rows]) for name, fields in self._fields]
-        text = "\n".join(map("\t".join, zip(*columns, strict=True)))
         driver: Any = connection.connection.driver_connection
         saved = connection.begin_nested()
         try:
             with driver.cursor() as cursor, cursor.copy(self._sql) as copy:
-                copy.write(text)
+                copy.write("\n".join(packed))
                 copy.write("\n")
         except psycopg.errors.UniqueViolation:
             saved.rollback()
@@ -189,13 +218,11 @@ def _fields_of(column: Column[Any]) -> Callable[[list[Any]], list[str]]:
     return _copied_texts
 
 
-@lru_cache(maxsize=1024)
-def _copied_time(time: datetime | None) -> str:
-    return _NULL if time is None else time.isoformat()
-
-
 def _copied_times(times: list[datetime | None]) -> list[str]:
-    return [_copied_time(time) for time in times]
+    return [_NULL if time is None else _copied_time(time) for time in times]
+
+
+_copied_time = lru_cache(maxsize=4096)(datetime.isoformat)
 
 
 def _copied_flags(flags: list[bool | None]) -> list[str]:

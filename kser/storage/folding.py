@@ -24,6 +24,7 @@ FOLDED = (
     *("start_time", "end_time", "started", "finished", "success", "skipped", "params", "worker", "note"),
     *_OUTCOME,
 )
+_TEXTS = {status: str(status) for status in Status}
 _PENDING, _RUNNING = str(Status.PENDING), str(Status.RUNNING)
 #: What becomes of a step that went on when its operation ended.
 ENDED_WITH_OPERATION = {
@@ -74,6 +75,7 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
         parent, params = last.parent or _before(counted, "parent"), _params(counted)
         started_ms = _started_ms(counted, current, last, ended=last.type in _ENDS)
     ended, status, data = last.type in _ENDS, _status(last), last.data
+    note = data.get("note")
     created_ms = last.at_ms if len(events) == 1 else min(event.at_ms for event in events)
     start_time = from_ms(started_ms)
     if 0 < started_ms < created_ms:
@@ -87,7 +89,7 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
         "run": run,
         "position": position,
         "attempt": attempt,
-        "status": status.value,
+        "status": _TEXTS[status],
         "created": (start_time if created_ms == started_ms else from_ms(created_ms)) or _EPOCH,
         "start_time": start_time,
         "end_time": from_ms(last.at_ms) if ended else None,
@@ -97,7 +99,7 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
         "skipped": status is Status.SKIPPED if ended else None,
         "params": params,
         "worker": last.worker or None,
-        "note": clean_text(str(data.get("note") or "")) or None,
+        "note": clean_text(str(note)) if note else None,
     }
     result = data.get("result")
     values |= _outcome(last, result) if isinstance(result, dict) else _NO_OUTCOME

@@ -21,7 +21,7 @@ from sqlalchemy.orm import aliased
 
 from kser.progress import SEPARATOR
 from kser.status import Status
-from kser.storage.bulk import BulkInsert, BulkUpdate, among
+from kser.storage.bulk import BulkInsert, BulkUpdate, Packed, among, columns_of
 from kser.storage.database import Database, insert, need_not_last, number_in_order
 from kser.storage.folding import ENDED_WITH_OPERATION, FOLDED, begin_and_end, fold
 from kser.storage.history import worker_state
@@ -34,6 +34,8 @@ __all__ = ["Batch", "Projection", "StaleError"]
 
 #: Columns of JSON among those that fold() gives.
 _JSON = ("params", "retval", "exception", "exception_tb")
+#: Columns of a new row of the table build.
+_BUILD = (*FOLDED, "uuid", "job_id", "group_name")
 #: Those of the table event.
 _EVENT = (
     *("identity", "type", "uuid", "root", "run", "position", "attempt", "phase", "worker", "data"),
@@ -54,6 +56,12 @@ class Batch(NamedTuple):
     workers: list[WorkerTold]
     #: By its uuid the row of everything that is told of, as it is when there was none before.
     rows: dict[str, dict[str, Any]]
+    #: Their uuids: of operations around what is told of, and of all else; in the order in which rows are made.
+    roots: list[str]
+    rest: list[str]
+    #: The same rows, and those of the events, as the driver takes them.
+    packed: dict[str, Any]
+    packed_events: Packed
 
     @property
     def about(self) -> list[Told]:
@@ -78,9 +86,10 @@ class Projection:
         self._tables: Tables = database.tables
         self._cluster = cluster
         self._group = group
-        self._insert_builds = BulkInsert(self._tables.build, [*FOLDED, "uuid", "job_id", "group_name"])
+        dialect = database.engine.dialect.name
+        self._insert_builds = BulkInsert(self._tables.build, _BUILD, dialect)
         self._update_builds = BulkUpdate(self._tables.build, [*FOLDED, "job_id", "group_name"], key="id")
-        self._insert_events = BulkInsert(self._tables.event, _EVENT)
+        self._insert_events = BulkInsert(self._tables.event, _EVENT, dialect)
         #: Whether none of the rows of the last batch was there.
         self._new_before = False
         #: Next offset of each partition, as this process knows it is stored; None: nothing is stored.
@@ -108,18 +117,24 @@ class Projection:
 
     def prepare(self, records: Sequence[Record]) -> Batch:
         """What these records tell, for apply(). It looks at nothing stored: another thread may do that meanwhile."""
-        batch = Batch([], [], [], [], {})
-        lists: dict[type, list[Any]] = {
-            Told: batch.events,
-            ProgressTold: batch.progress,
-            LogTold: batch.logs,
-            WorkerTold: batch.workers,
-        }
+        events: list[Told] = []
+        progress: list[ProgressTold] = []
+        logs: list[LogTold] = []
+        workers: list[WorkerTold] = []
+        lists: dict[type, list[Any]] = {Told: events, ProgressTold: progress, LogTold: logs, WorkerTold: workers}
         for record in records:
             told = parse(record, self._cluster)
             if told is not None:
                 lists[type(told)].append(told)
-        self._add_rows(batch)
+        rows: dict[str, dict[str, Any]] = {}
+        batch = Batch(events, progress, logs, workers, rows, [], [], {}, self._insert_events.pack(_columns(events)))
+        about = batch.about
+        self._add_rows(rows, events, about)
+        roots = {told.root for told in about if told.root is not None}
+        batch.roots.extend(sorted(roots))
+        batch.rest.extend(sorted(rows.keys() - roots))
+        packed = self._insert_builds.pack(columns_of(list(rows.values()), _BUILD))
+        batch.packed.update(zip(rows, packed, strict=True))
         return batch
 
     def apply(self, records: Sequence[Record], *, prepared: Batch | None = None, pass_over: bool = False) -> int:
@@ -229,8 +244,8 @@ class Projection:
     def _store(self, connection: Connection, batch: Batch) -> None:
         about = batch.about
         if about:
-            made, old = self._make_builds(connection, batch.rows, about)
-            self._add_events(connection, batch.events)
+            made, old = self._make_builds(connection, batch)
+            self._add_events(connection, batch)
             self._refold(connection, self._changed(connection, batch.events, made, old))
             # Where all that was told of was made here, it was true before it was stored.
             roots = {
@@ -244,9 +259,7 @@ class Projection:
         if batch.logs:  # last of all: others wait with theirs until the end of the transaction
             self._add_logs(connection, batch.logs, ids)
 
-    def _make_builds(
-        self, connection: Connection, wanted: Mapping[str, dict[str, Any]], about: Sequence[Told]
-    ) -> tuple[set[str], dict[str, Row[Any]]]:
+    def _make_builds(self, connection: Connection, batch: Batch) -> tuple[set[str], dict[str, Row[Any]]]:
         """A row for everything that is told of and the operations around it, locked until the end.
 
         Gives the uuids of those that were made here, and the rows that were there before. A new one is made from the
@@ -254,20 +267,18 @@ class Projection:
 
         Root operations first: who has one may change all that is in it, and nobody waits for another in a circle.
         """
-        roots = {told.root for told in about if told.root is not None}
         all_made: set[str] = set()
         old: dict[str, Row[Any]] = {}
-        for uuids in (sorted(roots), sorted(wanted.keys() - roots)):
-            made = self._make_rows(connection, {uuid: wanted[uuid] for uuid in uuids})
+        for uuids in (batch.roots, batch.rest):
+            made = self._make_rows(connection, batch, uuids)
             if len(made) < len(uuids):
                 old |= self._locked(connection, [uuid for uuid in uuids if uuid not in made])
             all_made |= made
         self._new_before = not old
         return all_made, old
 
-    def _add_rows(self, batch: Batch) -> None:
-        rows, about = batch.rows, batch.about
-        for uuid, own in _by_uuid(batch.events).items():
+    def _add_rows(self, rows: dict[str, dict[str, Any]], events: Sequence[Told], about: Sequence[Told]) -> None:
+        for uuid, own in _by_uuid(events).items():
             if (values := fold(own)) is not None:
                 _dump(values)
                 values["uuid"], values["job_id"], values["group_name"] = uuid, values["entrypoint"], self._group
@@ -282,23 +293,26 @@ class Projection:
             if row["root"] is not None and row["root"] != uuid:
                 within.setdefault(row["root"], []).append(row)
         if within:
-            own_runs = {(told.uuid, told.run) for told in batch.events}
+            own_runs = {(told.uuid, told.run) for told in events}
             for root, steps in within.items():
                 if root in rows:
                     begin_and_end(rows[root], steps, told_of_itself=(root, rows[root]["run"]) in own_runs)
 
-    def _make_rows(self, connection: Connection, wanted: Mapping[str, dict[str, Any]]) -> set[str]:
+    def _make_rows(self, connection: Connection, batch: Batch, uuids: Sequence[str]) -> set[str]:
         """Make those of these rows that are not there; the uuids of which it is known that they were made here."""
-        if not wanted:
+        if not uuids:
             return set()
         # What came before was all new: so is this, most likely, and one that is there costs no more than this try.
-        if self._new_before and self._insert_builds.all_or_none(connection, list(wanted.values())):
-            return set(wanted)
-        uuid = self._tables.build.c.uuid
-        there = set(connection.execute(select(uuid).where(among(connection, uuid, list(wanted)))).scalars())
-        new = [row for uuid, row in wanted.items() if uuid not in there] if there else list(wanted.values())
+        if self._new_before and self._insert_builds.all_or_none(connection, [batch.packed[uuid] for uuid in uuids]):
+            return set(uuids)
+        column = self._tables.build.c.uuid
+        there = set(connection.execute(select(column).where(among(connection, column, uuids))).scalars())
+        new = [uuid for uuid in uuids if uuid not in there]
+        made = self._insert_builds(
+            connection, [batch.packed[uuid] for uuid in new], lambda: [batch.rows[uuid] for uuid in new]
+        )
         # Fewer: another recorder made some of them meanwhile.
-        return wanted.keys() - there if self._insert_builds(connection, new) == len(new) else set()
+        return set(new) if made == len(new) else set()
 
     def _locked(self, connection: Connection, uuids: Sequence[str]) -> dict[str, Row[Any]]:
         if not uuids:
@@ -338,29 +352,14 @@ class Projection:
             "group_name": self._group,
         }
 
-    def _add_events(self, connection: Connection, events: Sequence[Told]) -> None:
+    def _add_events(self, connection: Connection, batch: Batch) -> None:
         # Of one operation they are numbered in the order of commits without number_in_order(): whoever adds one of it
         # has its row in the table build, locked by _make_builds(), from before it takes numbers until the commit.
-        rows = [
-            {
-                "identity": told.identity,
-                "type": told.type,
-                "uuid": told.uuid,
-                "root": told.root,
-                "run": told.run,
-                "position": told.position,
-                "attempt": told.attempt,
-                "phase": told.phase,
-                "worker": told.worker,
-                "data": told.text,
-                "cluster": told.place[0],
-                "topic": told.place[1],
-                "partition": told.place[2],
-                "offset": told.place[3],
-            }
-            for told in events
-        ]
-        self._insert_events(connection, rows)
+        self._insert_events(
+            connection,
+            batch.packed_events,
+            lambda: [dict(zip(_EVENT, values, strict=True)) for values in zip(*_columns(batch.events), strict=True)],
+        )
 
     def _changed(
         self, connection: Connection, events: Sequence[Told], made: Collection[str], old: Mapping[str, Row[Any]]
@@ -532,6 +531,23 @@ def _by_uuid(events: Iterable[Told]) -> dict[str, list[Told]]:
         if told.type == RUN_SENT and (around := of_root(told)) is not None:
             found.setdefault(around.uuid, []).append(around)
     return found
+
+
+def _columns(events: Sequence[Told]) -> list[list[Any]]:
+    """The values of each column of the table event."""
+    return [
+        [told.identity for told in events],
+        [told.type for told in events],
+        [told.uuid for told in events],
+        [told.root for told in events],
+        [told.run for told in events],
+        [told.position for told in events],
+        [told.attempt for told in events],
+        [told.phase for told in events],
+        [told.worker for told in events],
+        [told.text for told in events],
+        *([told.place[number] for told in events] for number in range(4)),
+    ]
 
 
 def _dump(values: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final
 
@@ -82,11 +82,12 @@ class Recorder:
         """Have run() return, after the batch at hand."""
         self._stop.set()
 
-    def run(self, *, rebuild: bool = False) -> None:
+    def run(self, *, rebuild: bool = False, on_start: Callable[[], None] = lambda: None) -> None:
         """Record until stop().
 
         Args:
             rebuild: forget first what the topics still prove, and read it again.
+            on_start: called once topics and tables are found to be as they should.
 
         Raises ConfigurationError when the topics or tables cannot be used, TransportError when the broker does not
         answer at the start or its client cannot go on.
@@ -96,6 +97,7 @@ class Recorder:
         projection = Projection(self._storage.database, admin.cluster_id(_ANSWER_S), self.group)
         projection.positions([])  # a database that cannot be used is told at once
         self._projection = projection
+        on_start()
         if rebuild:
             projection.forget_topics(self._starts())
         source = self._transport.source(recorder_group(self.group, self._storage.id))

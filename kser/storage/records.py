@@ -257,6 +257,8 @@ _often = lru_cache(maxsize=4096)(_name)
 
 
 def _number(value: Any, most: int = _LARGEST, *, least: int = 0) -> int:
+    if type(value) is int and least <= value <= most:
+        return value
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise ValueError(f"{value!r} is no number from {least} to {most}")
     return value

@@ -3,6 +3,7 @@
 import json
 import math
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
 import orjson
@@ -20,6 +21,7 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+@lru_cache(maxsize=4096)  # of a busy worker many events have the same
 def from_ms(milliseconds: int) -> datetime | None:
     """The time so many milliseconds after the epoch; None for 0, and for what no calendar has."""
     if milliseconds <= 0:

@@ -348,7 +348,7 @@ def test_no_event_of_an_operation_comes_into_sight_behind_one_that_was_stored_af
     with ThreadPoolExecutor(1) as pool:
         with storage.database.write() as connection:
             batch = slow.prepare([first])
-            slow._make_builds(connection, batch.rows, batch.about)
+            slow._make_builds(connection, batch)
             storing = pool.submit(quick.apply, [second])
             time.sleep(0.3)
             assert not storing.done()  # before the slow one has numbers for its events
@@ -560,9 +560,9 @@ def test_rows_that_another_recorder_made_meanwhile_are_computed_from_what_is_sto
     record(other, tape)
     real = Projection._make_rows
 
-    def raced(self, connection, wanted):
-        real(self, connection, wanted)
-        return real(self, connection, wanted)  # now they are there: whose they are is not known
+    def raced(self, connection, batch, uuids):
+        real(self, connection, batch, uuids)
+        return real(self, connection, batch, uuids)  # now they are there: whose they are is not known
 
     monkeypatch.setattr(Projection, "_make_rows", raced)
     record(storage, tape, 9)
@@ -692,11 +692,11 @@ def test_a_database_that_is_gone_is_an_error_and_nothing_is_moved(storage, monke
 def test_a_connection_that_ends_while_rows_are_copied_is_an_error_like_any_other(storage, monkeypatch):
     if storage.database.engine.dialect.name != "postgresql":
         pytest.skip("only PostgreSQL has COPY, and connections")
-    tape, real, ended = Tape(), bulk._copied_texts, []
+    tape, real, ended = Tape(), bulk._Copy.execute, []
     tape.operation("op", 1)
     projection = recorder(storage, tape)
 
-    def ends(texts):
+    def ends(*args):
         if not ended:
             ended.append(True)
             with storage.database.engine.connect() as other:
@@ -705,13 +705,11 @@ def test_a_connection_that_ends_while_rows_are_copied_is_an_error_like_any_other
                     "AND pid <> pg_backend_pid() AND datname = current_database()"
                 )
             time.sleep(0.2)
-        return real(texts)
+        return real(*args)
 
-    monkeypatch.setattr(bulk, "_copied_texts", ends)
-    storage_of = Projection(storage.database, "c", "shop")  # it takes what writes its columns when it is made
-    storage_of.positions(tape.partitions)
+    monkeypatch.setattr(bulk._Copy, "execute", ends)
     with pytest.raises(StorageError) as caught:
-        storage_of.apply(tape.records)
+        projection.apply(tape.records)
     assert ended
     assert not caught.value.extra["refused"]
     assert storage.history.list_projections() == []

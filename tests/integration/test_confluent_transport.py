@@ -1028,6 +1028,25 @@ def test_a_polling_source_starves_nobody(embedded, opened: ExitStack):
     assert time.monotonic() - started < 10
 
 
+def test_a_callback_that_raises_is_logged_without_its_secrets(embedded, opened: ExitStack, caplog):
+    sink = connect(embedded).sink()
+    opened.callback(sink.close)
+    told: list[object] = []
+
+    def calls(password: str) -> Callable[[Error | None], None]:
+        def on_delivery(error: Error | None) -> None:
+            told.append(error)
+            raise ValueError(f"{password} was refused")
+
+        return on_delivery
+
+    sink.produce(OutRecord(make_topic(embedded, 1), b"k", b"v"), calls("open sesame"))
+    assert sink.flush(20) == 0
+    assert told == [None]
+    assert "was refused" in caplog.text
+    assert "open sesame" not in caplog.text
+
+
 #: A member that leaves before it has seen its first round, of a broker as new as itself; many times.
 LEAVING_AT_ONCE = """
 import faulthandler

@@ -10,7 +10,9 @@ from click.testing import CliRunner
 
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
+from kser.errors import ConfigurationError
 from kser.storage import StorageBase, get_storage_from_url
+from kser.storage import recorder as recorder_module
 from kser.storage.memory import MemoryStorage
 from kser.storage.recorder import Recorder
 from kser.testing import eventually
@@ -167,6 +169,16 @@ def test_the_recorder_refuses_before_it_says_that_it_records(run, url, tmp_path)
     assert done.exit_code == 2
     assert done.stderr.startswith("kser: error: 'a/b.events' cannot be a topic")
     assert not list(tmp_path.iterdir())  # and no database was made
+
+
+def test_what_is_refused_at_the_start_of_recording_is_told_instead(run, url, monkeypatch):
+    def refuse(*_, **__):
+        raise ConfigurationError("Topic shop.events is not kept for long enough")
+
+    monkeypatch.setattr(recorder_module, "ensure_group_topics", refuse)
+    done = run("recorder", "--group", "shop", "--storage", url, *SERVERS)
+    assert done.exit_code == 2
+    assert done.stderr == "kser: error: Topic shop.events is not kept for long enough\n"
 
 
 from kser.storage import StorageBase  # noqa: E402
