@@ -96,6 +96,11 @@ class _Gate:
             unit[0].admitted = self
             return unit
 
+    def waits(self, state: PartitionState) -> int:
+        """How many records of this partition wait here."""
+        with self.lock:
+            return sum(len(unit) for unit in self.waiting if unit[0].state is state)
+
     def drop_closed(self) -> list[Item]:
         """Take out what waits of partitions that are going."""
         with self.lock:
@@ -368,6 +373,15 @@ class Executor:
     def running_of(self, closing: Collection[PartitionState]) -> bool:
         """Whether a record of these runs."""
         return any(item is not None and item.state in closing for item in (h.item for h in self._hands()))
+
+    def apart(self, state: PartitionState) -> int:
+        """How many records of this partition have begun, are behind such a one, or wait for others of their class."""
+        count = sum(gate.waits(state) for gate in tuple(self._gates))
+        for hand in self._hands():
+            item, unit = hand.item, hand.unit
+            if item is not None and item.state is state:
+                count += 1 + (0 if unit is None else len(unit))
+        return count
 
     @property
     def doing(self) -> str:

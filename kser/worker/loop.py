@@ -212,6 +212,8 @@ class Loop:
         self.uncommitted: set[PartitionState] = set()
         #: Those whose offsets the broker has been asked to store.
         self._storing: set[PartitionState] = set()
+        #: Up to where that lets records of them be started.
+        self._reaches: dict[PartitionState, int] = {}
         self._commit_due = 0.0
         self.draining = False
         #: Topics whose brokers took nothing: until when what goes there waits, and for how long that is.
@@ -467,6 +469,7 @@ class Loop:
                 fresh[state] = self._mark(state, record.offset, settle_id)
             if state.crashes and state.beyond(record.offset):
                 beyond[state] = record.offset
+                state.pass_gap(record.offset)  # from here on it is counted what may be started
                 continue
             wanted = state.take(record.offset)
             if not wanted:
@@ -546,9 +549,13 @@ class Loop:
         for of, state in self.guarded.items():
             if state.reach > state.position:
                 free.append(of)
-            elif self._guard_at <= now and len(state.running) <= len(state.parked) and not self._has_unsettled(state):
+                state.apart = 0
+                continue
+            state.apart = self._apart(state)
+            if self._guard_at <= now and len(state.running) <= state.apart and not self._has_unsettled(state):
                 settle_id = settle_id or self._settle_id()  # no commit comes by itself
-                quiet[state] = state.commit_point(settle_id)
+                with contextlib.suppress(ValidationError):  # when more of it is finished
+                    quiet[state] = state.commit_point(settle_id)
         for of in free:
             del self.guarded[of]
         self._go_on(free)
@@ -556,6 +563,12 @@ class Loop:
             self._open(quiet, settle_id)
             if any(state.reach <= state.position for state in quiet):
                 self._guard_at = time.monotonic() + _BACKOFF_S
+
+    def _apart(self, state: PartitionState) -> int:
+        """How many records of a partition have begun, or wait behind another one, for their time or for a place."""
+        lanes = sum(map(len, self.dispatcher.waiting(state)))
+        parked = sum(len(unit) for unit in self.lot if unit[0].state is state)
+        return lanes + parked + self.executor.apart(state)
 
     def _has_unsettled(self, state: PartitionState) -> bool:
         """Whether something of it was run whose commit is still to come, or out."""
@@ -573,7 +586,7 @@ class Loop:
             state.position = offset
         state.marked = True
         position = state.commit_point(settle_id)
-        state.confirm()  # nothing of it is run before that is tried
+        state.confirm(state.asked)  # nothing of it is run before that is tried
         return position
 
     def _open(self, fresh: dict[PartitionState, Position], settle_id: str) -> None:
@@ -604,7 +617,7 @@ class Loop:
         if not self.exactly_once:
             self.source.commit(positions, _STORE_S)
             for state in states:
-                state.confirm()
+                state.confirm(state.asked)
             return
         while self._wait_for_settler(end):
             member = self.source.member()
@@ -1137,6 +1150,8 @@ class Loop:
         if not positions:
             return
         self._storing = states
+        committed = {position.of for position in positions}
+        self._reaches = {state: state.asked for state in states if state.of in committed}
         try:
             if not wait:
                 self.source.commit_later(positions, partial(self._answered, self.source))
@@ -1155,7 +1170,7 @@ class Loop:
         states, self._storing = self._storing, set()
         if error is None:
             for state in states:
-                state.confirm()
+                state.confirm(self._reaches.get(state, 0))
             return
         # Nothing is lost: killed before the next try, these records run again. On a GroupError a rebalance is about to
         # say whose the partitions are.

@@ -184,6 +184,7 @@ class PartitionState:
         "_inherited",
         "_inherited_end",
         "_reach",
+        "apart",
         "asked",
         "base",
         "closed",
@@ -238,6 +239,8 @@ class PartitionState:
         #: Of what the next crash makes suspects only what is below it may be started; in what was asked to be committed
         #: last, and in what is known to be committed.
         self.asked = self.reach = 0
+        #: How many of ``running`` have begun, or wait behind another one: they are not next. Known while it is guarded.
+        self.apart = 0
         #: The one of the owner before.
         self._reach: int | None = None
         if committed is not None and committed.offset >= 0:
@@ -273,13 +276,17 @@ class PartitionState:
                 note(min(upto, end), count + 1)
         self.crashes = counted
 
-    def confirm(self) -> None:
-        """Note that what was asked for last is committed."""
-        self.reach = self.asked
+    def confirm(self, reach: int) -> None:
+        """Note that it is committed that what is below this offset may be started."""
+        self.reach = max(self.reach, reach)
 
     def beyond(self, offset: int) -> bool:
         """Whether this record has to wait: the next crash makes suspects of all that may have been started."""
         return offset >= self.reach and self.crashes_of(offset) == SUSPECT_AFTER - 1
+
+    def pass_gap(self, offset: int) -> None:
+        """Note that this record comes next: before it was nothing but markers and aborted records."""
+        self.position = max(self.position, offset)
 
     def crashes_of(self, offset: int) -> int:
         """How many workers crashed while they may have been running this record."""
@@ -351,7 +358,7 @@ class PartitionState:
             crashes = self.crashes = [(upto, count) for upto, count in crashes if upto > base]
         reach = None
         if crashes and any(count == SUSPECT_AFTER - 1 for _, count in crashes):
-            if len(self.running) - len(self.parked) <= SLICE // 4:
+            if len(self.running) - self.apart <= SLICE // 4:
                 self.asked = max(self.position, base) + SLICE
             reach = max(self.asked, base)
         return Position(

@@ -68,8 +68,8 @@ class Batch:
         for state in self.states:
             if state.of in committed:
                 state.known = self.settle_id
-                if self.member is not None:
-                    state.confirm()
+                if self.member is not None:  # at least once nothing is committed by it
+                    state.confirm(state.asked)
 
 
 @dataclass(slots=True)

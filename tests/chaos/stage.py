@@ -143,6 +143,10 @@ class Stage:
         self.fleet.settings = replace(self.settings, point=point, after=after, settle_limit_s=settle_limit_s)
         self.fleet.start(NAME)
 
+    def terminate(self) -> None:
+        """SIGTERM; how it ends is not looked at."""
+        self.fleet.ask(NAME)
+
     def wait_killed(self, within_s: float = 45) -> None:
         """Wait until the worker was killed at its point."""
         code = wait_for(lambda: self.fleet.exit_code(NAME), within_s, f"the death of the worker:\n{self.log()}")

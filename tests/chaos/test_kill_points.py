@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from tests.chaos.conftest import names
-from tests.chaos.killer import AT_LEAST_ONCE, EXACTLY_ONCE, NOTING
+from tests.chaos.killer import AT_LEAST_ONCE, EXACTLY_ONCE, LETTING_GO, NOTING
 from tests.chaos.stage import Stage
 from tests.kafka_proxy import KafkaProxy
 
@@ -26,14 +26,38 @@ def at(point, kafka, logs, *, delivery="exactly_once", protocol="classic", named
         stage.check()
 
 
-def on_assign(kafka, logs, *, delivery, point="after reading committed"):
+def on_assign(kafka, logs, *, delivery):
     """The second life is killed when it takes over what the first, killed as well, had committed."""
     first = "after commit" if delivery == "exactly_once" else "after storing offsets"
     with Stage(kafka, logs, delivery=delivery) as stage:
         stage.launch()
         stage.start(first, AFTER)
         stage.wait_killed()
-        stage.start(point)
+        stage.start("after reading committed")
+        stage.wait_killed()
+        stage.start()
+        stage.wait_done()
+        stage.check()
+
+
+def noting(point, kafka, logs, *, delivery):
+    """Killed at the first record it takes, before any is run or just as one may be."""
+    with Stage(kafka, logs, delivery=delivery) as stage:
+        stage.launch()
+        stage.start(point, 1)
+        stage.wait_killed()
+        stage.start()
+        stage.wait_done()
+        stage.check()
+
+
+def letting_go(point, kafka, logs, *, delivery):
+    """Asked to stop, and killed when all is settled and it notes that nobody works on the partitions any more."""
+    with Stage(kafka, logs, delivery=delivery) as stage:
+        stage.launch()
+        stage.start(point, AFTER)
+        stage.wait_log("Controller.Executed")
+        stage.terminate()
         stage.wait_killed()
         stage.start()
         stage.wait_done()
@@ -79,17 +103,16 @@ SCENARIOS = {
     },
     "exactly once, on assign": partial(on_assign, delivery="exactly_once"),
     "at least once, on assign": partial(on_assign, delivery="at_least_once"),
-    **{f"exactly once, {point}": partial(on_assign, delivery="exactly_once", point=point) for point in NOTING},
+    **{f"exactly once, {point}": partial(noting, point, delivery="exactly_once") for point in NOTING},
+    **{f"at least once, {point}": partial(noting, point, delivery="at_least_once") for point in NOTING},
+    **{f"exactly once, {point}": partial(letting_go, point, delivery="exactly_once") for point in LETTING_GO},
+    **{f"at least once, {point}": partial(letting_go, point, delivery="at_least_once") for point in LETTING_GO},
     "exactly once, one after the other": at_each_in_turn,
     "the commit is done and its answer never comes": partial(commit_is_out, heard=True),
     "the commit is out and never arrives": partial(commit_is_out, heard=False),
 }
 
 
-#: Three lives each, and near to the ones on assign.
-LONG = tuple(f"exactly once, {point}" for point in NOTING)
-
-
-@pytest.mark.parametrize("scenario", names(SCENARIOS, LONG))
+@pytest.mark.parametrize("scenario", names(SCENARIOS))
 def test_nothing_is_lost_or_doubled_when_the_worker_is_killed(ensemble, scenario):
     ensemble.result(scenario)

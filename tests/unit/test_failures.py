@@ -572,7 +572,7 @@ def test_the_third_crash_makes_suspects_only_of_what_may_have_been_started():
     state.marked = True
     position = state.commit_point("i")
     assert decode(100, position.metadata).reach == 100 + SLICE
-    state.confirm()
+    state.confirm(state.asked)
     assert not state.beyond(100 + SLICE - 1)  # neither what is a suspect already
     assert state.beyond(100 + SLICE)
     assert not state.beyond(900)  # nor what the next crash makes none
@@ -583,7 +583,7 @@ def test_the_third_crash_makes_suspects_only_of_what_may_have_been_started():
         state.finished(offset)
     assert decode(100 + SLICE, state.commit_point("i").metadata).reach == 100 + 2 * SLICE
     assert state.beyond(100 + SLICE)  # not before that is committed
-    state.confirm()
+    state.confirm(state.asked)
     assert not state.beyond(100 + SLICE)
 
 
@@ -618,6 +618,72 @@ def test_what_the_next_crash_would_make_suspects_is_taken_a_slice_at_a_time(regi
     one.stop()
     (position,) = stored(transport)
     assert decode(position.offset, position.metadata)[4:] == ([], False, None)
+
+
+def test_what_the_next_crash_would_make_suspects_goes_on_behind_a_long_transaction_that_was_aborted(
+    registry, transport, start
+):
+    ran = []
+
+    @registry.task
+    def step(n: int):
+        ran.append(n)
+
+    def send(n):
+        raw = step(params={"n": n}).to_Message().to_bytes()
+        return OutRecord(TOPIC, b"%d" % n, raw, partition=0)
+
+    transport.sink().produce(send(0))
+    sink = transport.sink("of.another.worker")
+    sink.begin()
+    for n in range(3 * SLICE):
+        sink.produce(send(n))
+    sink.abort(5)
+    for n in (1, 2):
+        transport.sink().produce(send(n))
+    source = transport.source(GROUP)
+    join(source)
+    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1000, 1)], open_=True))])
+    source.close()
+    start()
+    wait_for(lambda: ran == [0, 1, 2])
+
+
+@pytest.mark.parametrize("behind", ["a long task", "a parked one", "a paused class", "a limit"])
+def test_what_the_next_crash_would_make_suspects_does_not_wait_for_what_others_wait_for(
+    registry, transport, start, behind
+):
+    go, ran = threading.Event(), []
+
+    @registry.subscribe(name="slow", order="strict", limit=1 if behind == "a limit" else None)
+    class Slow(Task):
+        retry = Retry(attempts=2, backoff_s=25, jitter=0)
+
+        def run(self):
+            if behind == "a parked one":
+                raise ValueError("later")
+            go.wait(20)
+
+    @registry.subscribe(name="quick")
+    class Quick(Task):
+        def run(self):
+            ran.append(self.params["n"])
+
+    if behind == "a paused class":
+        tell(transport, paused(PauseKind.TASK, "slow"))
+    for n in range(SLICE // 2):
+        key = b"%d" % n if behind == "a limit" else b"slow"
+        transport.sink().produce(OutRecord(TOPIC, key, Slow().to_Message().to_bytes(), partition=0))
+    for n in range(4 * SLICE):
+        raw = Quick(params={"n": n}).to_Message().to_bytes()
+        transport.sink().produce(OutRecord(TOPIC, b"q%d" % n, raw, partition=0))
+    source = transport.source(GROUP)
+    join(source)
+    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1000, 1)], open_=True))])
+    source.close()
+    start()
+    wait_for(lambda: len(ran) == 4 * SLICE)
+    go.set()
 
 
 def test_what_was_running_at_three_crashes_runs_apart_and_what_is_finished_is_forgotten(registry, transport, start):
