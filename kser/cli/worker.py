@@ -2,6 +2,7 @@
 
 import faulthandler
 import logging
+import math
 import os
 import re
 import sys
@@ -24,7 +25,7 @@ from kser.cli.options import (
     option,
     registry_argument,
 )
-from kser.errors import ConfigurationError, FencedError
+from kser.errors import ConfigurationError, FencedError, TransportError
 from kser.loading import load
 from kser.worker import Worker
 from kser.worker.dispatch import Ordering
@@ -72,7 +73,7 @@ class Within(click.ParamType):  # type: ignore[type-arg]  # not generic before c
         except ValueError:
             self.fail(f"{value!r} is no {self.name}: give {text}", param, ctx)
         # The comparison is this way round because of "nan".
-        if not number >= self._least or (self._most is not None and number > self._most):
+        if not self._least <= number < math.inf or (self._most is not None and number > self._most):
             self.fail(f"{value}: give {text}", param, ctx)
         return number
 
@@ -223,7 +224,8 @@ def worker(
 
     \b
     Exit codes: 0 asked to stop, 1 failure, 2 misuse or a wrong setting, 3 another
-    worker took this one's name, 4 tasks were left running when --drain was over.
+    worker took this one's name, 4 tasks were left running when --drain was over,
+    or too many threads with tasks that ignore their timeout.
     With --processes: 0, or the code of the first process that ended otherwise.
     """  # noqa: D301 - click wants the character
     if log_process:
@@ -268,6 +270,10 @@ def worker(
             running.run()
     except FencedError as exc:
         raise CommandFailed(exc.message, code=TWIN) from exc
+    except TransportError as exc:
+        if not running.worn:
+            raise
+        raise CommandFailed(exc.message, code=LEFT) from exc
     finally:
         faulthandler.cancel_dump_traceback_later()
     logger.info("Worker.Stopped: %s", ", ".join(f"{n} {kind}" for kind, n in running.stats.items()) or "nothing came")

@@ -586,6 +586,11 @@ class ConfluentSource:
             raise self._not_owned(gone, "Committing")
 
     @property
+    def callback_s(self) -> float:
+        """See Source: max.poll.interval.ms."""
+        return 2 * self._rebalance_s
+
+    @property
     def commit_overdue(self) -> bool:
         """See Source. A commit of a client that left is none: the coordinator refuses it, its member is gone."""
         return self._aside.overdue

@@ -176,6 +176,10 @@ class Source(Protocol):
         """
 
     @property
+    def callback_s(self) -> float:
+        """How long a callback of the listener may take before the group goes on without this member, in seconds."""
+
+    @property
     def commit_overdue(self) -> bool:
         """Whether a commit() that got no answer in its time may still be stored: after what is stored by then, too.
 

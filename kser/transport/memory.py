@@ -338,6 +338,11 @@ class MemorySource:
             self._group.store_owned(self._member, stored, self._cluster.next_sequence())
 
     @property
+    def callback_s(self) -> float:
+        """Any time: nobody is put out."""
+        return float("inf")
+
+    @property
     def commit_overdue(self) -> bool:
         """Always False: commit() is answered at once."""
         return False

@@ -358,8 +358,10 @@ class Executor:
 
     @property
     def free(self) -> int:
-        """Threads for plain tasks that have nothing to do."""
-        return self._crew.free
+        """Threads, coroutines and children that have nothing to do, of the kinds that the classes met so far need."""
+        kinds = [kind for cls, kind in tuple(self._kinds.items()) if cls is not None]
+        crews = {self._crew if kind is None or kind.crew is None else kind.crew for kind in kinds} or {self._crew}
+        return sum(crew.free for crew in crews)
 
     @property
     def exhausted(self) -> bool:
@@ -541,7 +543,7 @@ class Executor:
                     if self._held:
                         self._open.wait()
                         before = monotonic()
-                    if item.state.closed:
+                    if item.state.closed and item.error is None:  # what ignored its timeout fails all the same
                         self._refuse(item, rest)
                         break
                     whole = self._one(crew, hand, item, rest, before)

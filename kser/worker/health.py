@@ -1,7 +1,7 @@
 """Health of a worker over HTTP, for Kubernetes and its like: is it alive, can it take more.
 
-GET /healthz is 200 while the loop makes progress, GET /readyz while it is in the group, has a free thread, and is
-neither paused nor draining; else 503. Both give JSON: ``{"status", "reasons", "worker", "group", ...}``.
+GET /healthz is 200 while the loop makes progress, GET /readyz while it is in the group, has something free to run its
+classes, and is neither paused nor draining; else 503. Both give JSON: ``{"status", "reasons", "worker", ...}``.
 """
 
 import json

@@ -219,6 +219,8 @@ class Loop:
         #: Topics whose brokers took nothing: until when what goes there waits, and for how long that is.
         self._away: dict[str, tuple[float, float]] = {}
         self.failure: Error | None = None
+        #: True once more threads were given up than may be: it drains, and a new worker starts without them.
+        self.worn = False
         #: When producers of this worker were fenced.
         self._fences: deque[float] = deque(maxlen=1)
         self._settler: Settler = self._new_settler()
@@ -258,9 +260,14 @@ class Loop:
             self._leave()
         if self.failure is not None:
             raise self.failure
+        if self.worn:
+            raise TransportError(
+                f"{len(self.executor.abandoned)} threads were given up because their task ignores its timeout: the "
+                "worker ended, so that a new one starts without them"
+            )
 
     def _should_stop(self) -> bool:
-        return bool(self.worker.stopping) or self.failure is not None or self.files.terminate
+        return bool(self.worker.stopping) or self.worn or self.failure is not None or self.files.terminate
 
     def turn(self) -> bool:
         """One round: fetch unless there is enough, then settle what has ended. True when there was nothing to do."""
@@ -295,11 +302,9 @@ class Loop:
         self._collect(self._wait(now) if waiting and not records else 0)
         self._settle()
         self.executor.look_after()
-        if self.executor.exhausted and self.failure is None:
-            self.failure = TransportError(
-                f"{len(self.executor.abandoned)} threads were given up because their task ignores its timeout: the "
-                "worker ends, so that a new one starts without them"
-            )
+        if self.executor.exhausted and not self.worn:
+            self.worn = True
+            logger.error("Stopping: more threads were given up than may be (max_abandoned)")
         busy = working or records or self.in_flight or self.pending or self.uncommitted or self._storing
         return bool(self.parts) and not (busy or loading or self.lot.items or self.guarded)
 
@@ -1301,7 +1306,9 @@ class Loop:
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
         """Start nothing more of these, let the running one end within the budget, settle, let go."""
         states = [self.parts[p] for p in partitions if p in self.parts]
-        self._close(states, min(time.monotonic() + self.worker.drain_s, self.stop_by))
+        # Of what this callback may take half is for settling.
+        budget = min(self.worker.drain_s, self.source.callback_s / 2)
+        self._close(states, min(time.monotonic() + budget, self.stop_by))
         self._forget(partitions)
         logger.debug("Revoked: %s", ", ".join(f"{p.topic}/{p.partition}" for p in partitions))
 

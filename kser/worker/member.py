@@ -11,7 +11,7 @@ import sys
 from typing import Any, Final, NoReturn
 
 from kser import loading
-from kser.errors import ConfigurationError, Error, FencedError
+from kser.errors import ConfigurationError, Error, FencedError, TransportError
 from kser.worker.child import HEAD, leave, load, set_levels
 from kser.worker.members import Place
 from kser.worker.processes import FAILED, LEFT, MISUSE, TWIN
@@ -84,7 +84,13 @@ def _own(orders: dict[str, Any]) -> dict[str, Any]:
 def _run(worker: Worker) -> int:
     obey_stdin(lambda: worker.stopping, worker.stop)
     worker.on_drain = lambda: end_within(worker.end_s)
-    worker.run()
+    try:
+        worker.run()
+    except TransportError as exc:
+        if not worker.worn:
+            raise
+        logger.error("%s", exc.message)
+        return LEFT
     if worker.stats["broken"]:
         return FAILED
     return LEFT if worker.left else 0

@@ -1,6 +1,7 @@
 """Worker: runs the tasks of a registry, with all its settings."""
 
 import logging
+import math
 import os
 import socket
 import time
@@ -17,6 +18,7 @@ from kser.producer import max_message_bytes
 from kser.sequencing.itinerary import VERSION
 from kser.sequencing.registry import OperationRegistry
 from kser.transport import TopicAdmin, Transport
+from kser.transport.names import TOPIC_NAME_RULE, is_topic_name
 from kser.worker.control import Aborted, ControlWatch
 from kser.worker.dispatch import Ordering
 from kser.worker.health import HealthServer, HealthStatus
@@ -104,7 +106,8 @@ class Worker:
         isolated: child processes for tasks with ``isolate=True``.
         processes: members of the group that run() starts, each a process of its own that loads the registry. Not with
             ``transport``, nor with functions in ``config``. ``name`` and ``health_port`` are counted up: w-0, w-1.
-        max_abandoned: threads that may be given up because their task ignores its timeout; one more ends the worker.
+        max_abandoned: threads that may be given up because their task ignores its timeout; one more, and the worker
+            drains and ends.
         drain_s: seconds that running tasks get to end when the worker is asked to stop or a partition is taken away.
         max_in_flight: messages taken and not run, beyond which no more are fetched.
         max_poll_records: messages taken from the client at a time.
@@ -159,23 +162,22 @@ class Worker:
         health_port: int | None = None,
         health_host: str = "127.0.0.1",
     ) -> None:
-        if isinstance(topics, str) or not topics:
-            raise ConfigurationError(f"topics={topics!r}: give a list with at least one topic")
-        if not group:
-            raise ConfigurationError("group is empty: name the consumer group")
-        if name is not None and (not name or ";" in name):
-            raise ConfigurationError(f"name={name!r}: give a text without a semicolon, or None")
+        _check_names(topics, group, name)
         if transport is None and not config:
             raise ConfigurationError("No broker: give config={'bootstrap.servers': 'host:port'}")
         _one_of("delivery", delivery, (*get_args(Delivery), None))
         _one_of("ordering", ordering, get_args(Ordering))
         _one_of("events", events, get_args(Events))
         _one_of("on_lost_offset", on_lost_offset, get_args(LostOffset))
-        _at_least(1, concurrency=concurrency, coroutines=coroutines, isolated=isolated, max_in_flight=max_in_flight)
-        _at_least(1, processes=processes)
-        _at_least(1, max_poll_records=max_poll_records, max_bytes=max_bytes)
-        _at_least(0, drain_s=drain_s, max_abandoned=max_abandoned, wait_s=wait_s)
+        _whole(1, concurrency=concurrency, coroutines=coroutines, isolated=isolated, max_in_flight=max_in_flight)
+        _whole(1, processes=processes, max_poll_records=max_poll_records, max_bytes=max_bytes)
+        _whole(0, max_abandoned=max_abandoned)
+        _at_least(0, drain_s=drain_s, wait_s=wait_s)
         _at_least(1, settle_limit_s=settle_limit_s)
+        if health_port is not None:
+            _whole(1, health_port=health_port)
+            if health_port > 65535:
+                raise ConfigurationError(f"health_port={health_port!r}: give a port from 1 to 65535, or None")
         if processes > 1:
             if transport is not None:
                 raise ConfigurationError(
@@ -376,6 +378,11 @@ class Worker:
             self._relay.stop(0)
 
     @property
+    def worn(self) -> bool:
+        """Whether run() ended because more threads were given up than may be: a new process can go on."""
+        return self._loop is not None and self._loop.worn
+
+    @property
     def state(self) -> str:
         """Where it stands: "starting", "running" or "draining". From any thread."""
         return self._loop.state if self._loop is not None else "starting"
@@ -434,5 +441,29 @@ def _one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
 
 def _at_least(least: int, **values: float) -> None:
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < math.inf:
             raise ConfigurationError(f"{name}={value!r}: give a number not below {least}")
+
+
+def _whole(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"{name}={value!r}: give a whole number not below {least}")
+
+
+def _check_names(topics: Sequence[str], group: str, name: str | None) -> None:
+    if isinstance(topics, str) or not topics:
+        raise ConfigurationError(f"topics={topics!r}: give a list with at least one topic")
+    for topic in topics:
+        if not isinstance(topic, str) or not (topic.startswith("^") or is_topic_name(topic)):
+            raise ConfigurationError(f"topics: {topic!r} {TOPIC_NAME_RULE}")
+    if len(set(topics)) < len(topics):
+        raise ConfigurationError(f"topics={topics!r}: name each topic once")
+    if not group:
+        raise ConfigurationError("group is empty: name the consumer group")
+    if not is_topic_name(control_topic(group)):
+        raise ConfigurationError(
+            f"group={group!r}: its topics begin with it, and {control_topic(group)!r} {TOPIC_NAME_RULE}"
+        )
+    if name is not None and (not isinstance(name, str) or not name or ";" in name):
+        raise ConfigurationError(f"name={name!r}: give a text without a semicolon, or None")

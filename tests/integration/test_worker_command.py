@@ -130,6 +130,7 @@ def test_help_names_every_option_with_its_variable_and_the_exit_codes():
         (["--max-in-flight", "1.5"], "'1.5' is no integer: give 1 or more"),
         (["--drain", "-1"], "-1: give 0 or more"),
         (["--drain", "nan"], "nan: give 0 or more"),
+        (["--drain", "inf"], "inf: give 0 or more"),
         (["--health", "0"], "0: give 1 to 65535"),
         (["--health", "65536"], "65536: give 1 to 65535"),
         (["--max-bytes", "lots"], "'lots' is no size: write 64MiB, 500kB or a number of bytes"),

@@ -391,22 +391,34 @@ def test_a_failed_deadline_ends_the_operation_and_calls_onerror(registry, transp
     assert hooks == [408]
 
 
-def test_too_many_threads_given_up_end_the_worker(registry, transport):
-    go = threading.Event()
+@pytest.mark.parametrize(("deaf", "most"), [(4, 2), (1, 0)])
+def test_too_many_threads_given_up_end_the_worker_when_their_tasks_have_failed(registry, transport, deaf, most):
+    go, ran = threading.Event(), []
 
     @registry.subscribe(timeout=0.02)
     class Deaf(Task):
         def run(self):
             go.wait(30)
 
-    for _ in range(4):
+    @registry.subscribe
+    class Good(Task):
+        def run(self):
+            time.sleep(2.5)
+            ran.append(self.uuid)
+
+    Good().send()
+    for _ in range(deaf):
         Deaf().send()
     worker = Worker(
-        registry, topics=[TOPIC], group=GROUP, transport=transport, concurrency=4, max_abandoned=2, drain_s=1
+        registry, topics=[TOPIC], group=GROUP, transport=transport, concurrency=deaf + 1, max_abandoned=most, drain_s=10
     )
     with pytest.raises(TransportError, match="threads were given up"):
         worker.run()
     go.set()
+    assert worker.worn
+    assert len([e for e in read(transport.records(f"{GROUP}.events")) if e.type == EventType.STEP_FAILED]) == deaf
+    assert (len(ran), worker.stats["done"], worker.stats["failed"]) == (1, 1, deaf)
+    assert committed(transport) == deaf + 1
 
 
 # -- settling --------------------------------------------------------------------------------------------------------
@@ -527,11 +539,11 @@ def test_exactly_once_is_refused_on_the_embedded_broker(registry):
     [
         ({"delivery": "twice"}, "delivery='twice': give one of 'exactly_once', 'at_least_once'"),
         ({"ordering": "random"}, "ordering='random': give one of 'key', 'partition', 'none'"),
-        ({"concurrency": 0}, "concurrency=0: give a number not below 1"),
+        ({"concurrency": 0}, "concurrency=0: give a whole number not below 1"),
         ({"on_lost_offset": "guess"}, "give one of 'stop', 'earliest', 'latest'"),
         ({"name": "a;b"}, "without a semicolon"),
         ({"settle_limit_s": 0}, "settle_limit_s=0"),
-        ({"processes": 0}, "processes=0: give a number not below 1"),
+        ({"processes": 0}, "processes=0: give a whole number not below 1"),
         ({"processes": 2}, "transport with processes=2: an object cannot be given to another process; give config"),
     ],
 )

@@ -1,5 +1,6 @@
 """The health pages of a worker, over HTTP."""
 
+import asyncio
 import json
 import socket
 import struct
@@ -133,7 +134,8 @@ def test_a_port_that_is_taken_is_told():
             HealthServer(port, lambda: HealthStatus(worker="w", group="g")).start()
 
 
-def test_a_worker_tells_what_it_runs_and_when_it_is_full():
+@pytest.mark.parametrize("coroutine", [False, True])
+def test_a_worker_tells_what_it_runs_and_when_it_is_full(coroutine):
     transport, go = MemoryTransport(), threading.Event()
     transport.admin().create([TopicSpec(name=TOPIC, partitions=1)])
     registry = OperationRegistry(producer=BaseProducer(transport.sink()), topic=TOPIC)
@@ -144,19 +146,25 @@ def test_a_worker_tells_what_it_runs_and_when_it_is_full():
             self.heartbeat()
             go.wait(20)
 
+    @registry.subscribe
+    class LongCoroutine(Task):
+        async def run(self):
+            self.heartbeat()
+            await asyncio.to_thread(go.wait, 20)
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    one = Running(registry, transport, concurrency=1, health_port=port)
+    one = Running(registry, transport, concurrency=1 + coroutine, coroutines=1, health_port=port)
     wait_for(lambda: one.worker.status().partitions == 1)
     wait_for(lambda: get(port, "/readyz")[0] == 200)
-    task = Long()
+    task = (LongCoroutine if coroutine else Long)()
     task.send()
     wait_for(lambda: one.worker.status().running)
     code, body = get(port, "/readyz")
     said = json.loads(body)
     assert (code, said["reasons"], said["in_flight"]) == (503, ["no free executor"], 1)
-    assert (said["running"][0]["entrypoint"], said["running"][0]["uuid"]) == (Long.path, task.uuid)
+    assert (said["running"][0]["entrypoint"], said["running"][0]["uuid"]) == (task.path, task.uuid)
     assert said["running"][0]["heartbeat_s_ago"] < 10
     assert get(port, "/healthz")[0] == 200
     go.set()

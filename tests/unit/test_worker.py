@@ -524,16 +524,26 @@ def test_missing_group_topics_are_refused_when_they_may_not_be_made(registry):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"concurrency": 2.5}, "concurrency=2.5: give a whole number not below 1"),
+        ({"processes": 1.5}, "processes=1.5: give a whole number not below 1"),
+        ({"health_port": 99999}, "health_port=99999: give a port from 1 to 65535"),
+        ({"health_port": "x"}, "health_port='x': give a whole number"),
+        ({"drain_s": float("inf")}, "drain_s=inf: give a number"),
+        ({"topics": [""]}, "topics: '' is no topic name"),
+        ({"topics": ["t t"]}, "topics: 't t' is no topic name"),
+        ({"topics": ["a", "a"]}, "name each topic once"),
+        ({"group": "a/b"}, "group='a/b': its topics begin with it"),
+        ({"name": 5}, "name=5: give a text without a semicolon"),
         ({"topics": "work"}, "give a list"),
         ({"topics": []}, "give a list"),
-        ({"topics": ["work"], "group": ""}, "name the consumer group"),
-        ({"topics": ["work"], "drain_s": -1}, "drain_s=-1: give a number not below 0"),
-        ({"topics": ["work"], "transport": None}, "bootstrap.servers"),
+        ({"group": ""}, "name the consumer group"),
+        ({"drain_s": -1}, "drain_s=-1: give a number not below 0"),
+        ({"transport": None}, "bootstrap.servers"),
     ],
 )
 def test_values_that_cannot_be_are_refused_at_once(registry, transport, options, said):
     with pytest.raises(ConfigurationError, match=said):
-        Worker(registry, **({"transport": transport, "group": GROUP} | options))
+        Worker(registry, **({"transport": transport, "group": GROUP, "topics": ["work"]} | options))
 
 
 def test_the_dummy_pair_runs_end_to_end(caplog):
