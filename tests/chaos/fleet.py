@@ -139,6 +139,10 @@ class Fleet:
         slot.at = slot.asked_at + self.settings.drain_s + self.settings.limit_s
         return True
 
+    def ask(self, name: str) -> None:
+        """SIGTERM, and nothing more: how it ends is the caller's business."""
+        self._send(self._slots[name], signal.SIGTERM)
+
     def pause(self, name: str, for_s: float) -> bool:
         """SIGSTOP, and SIGCONT after ``for_s``. False: there is nobody to stop."""
         slot = self._slots.get(name)

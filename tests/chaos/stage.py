@@ -143,6 +143,15 @@ class Stage:
         self.fleet.settings = replace(self.settings, point=point, after=after, settle_limit_s=settle_limit_s)
         self.fleet.start(NAME)
 
+    def wait_some(self, events: int, within_s: float = 60) -> None:
+        """Wait until so much has been settled."""
+
+        def come() -> bool:
+            self.tail.read(0.1)
+            return len(self.facts.events) >= events
+
+        wait_for(come, within_s, f"{events} events:\n{self.log()}")
+
     def terminate(self) -> None:
         """SIGTERM; how it ends is not looked at."""
         self.fleet.ask(NAME)
