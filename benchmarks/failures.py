@@ -4,14 +4,19 @@ The bad ones fail at every attempt, with delays of 1 s, 10 s and 1 min, exactly 
 throughput of the good ones is their number by the time from the first to the last of their events. ``--kills N``: two
 workers instead of one, which are killed (SIGKILL) in turn and started again at once, N times in each run, at the same
 shares of the good ones: kills that come by the clock hit a slower run more often, which makes it slower still.
+``--faults SECONDS``: what the fault suite does (tests/chaos) to three workers and three nodes for so long, the same to
+both runs of a round; the throughput is how many good ones are done by then.
 """
 
 import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from collections import deque
+from pathlib import Path
 
 from common import ROOT, broker, make_topic, show
 from worker_app import BAD, Good, registry
@@ -19,8 +24,15 @@ from worker_app import BAD, Good, registry
 from kser.confluent.producer import Producer
 from kser.confluent.transport import ConfluentTransport
 from kser.events import EventType, events_topic, read
+from tests.apache_kafka import ApacheKafka
+from tests.chaos.fleet import Fleet, Settings
+from tests.chaos.harness import NodeKiller
+from tests.chaos.plan import SLOTS, plan
 
 PARTITIONS = 6
+SESSION_S = 3.0
+#: Mean seconds between two faults, as in the fault suite's long form.
+PACE_S = 8.0
 
 
 def fill(bootstrap, topic, good, bad, task_s):
@@ -92,6 +104,87 @@ def measured(bootstrap, good, bad, task_s, *, kills):
     return took
 
 
+def under_faults(kafka, good, bad, task_s, *, seconds, seed):
+    """How many good tasks are done after so many seconds of faults: what they are follows from the seed."""
+    topic, group = make_topic(kafka.bootstrap_servers, PARTITIONS), f"g{uuid.uuid4().hex[:8]}"
+    fill(kafka.bootstrap_servers, topic, good, bad, task_s)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(
+            bootstrap=kafka.bootstrap_servers,
+            topic=topic,
+            group=group,
+            delivery="exactly_once",
+            protocol="classic",
+            session_s=SESSION_S,
+            named=True,
+            logs=Path(folder),
+            app="benchmarks/worker_app.py:registry",
+            log_level="error",
+        )
+        fleet, nodes, made = Fleet(settings, print), NodeKiller(kafka, lambda line: None), 0
+        try:
+            for slot in SLOTS:
+                fleet.start(slot)
+            transport = ConfluentTransport({"bootstrap.servers": kafka.bootstrap_servers})
+            while not transport.admin().describe([events_topic(group)]):
+                time.sleep(0.2)
+            reader = transport.reader([events_topic(group)], start="beginning")
+            while not read(reader.poll(0.1)):
+                pass
+            steps = deque(plan(seed, seconds, pace_s=PACE_S, session_s=SESSION_S, nodes=kafka.nodes))
+            start, times = time.monotonic(), []
+            began_ms = int(time.time() * 1000)
+            while (now := time.monotonic() - start) < seconds:
+                while steps and now >= steps[0].at_s:
+                    step = steps.popleft()
+                    if step.what == "broker":
+                        made += nodes.kill(int(step.target), step.for_s)
+                    elif step.what != "add":
+                        orders = {"kill": fleet.kill, "terminate": fleet.terminate, "pause": fleet.pause}
+                        made += orders[step.what](step.target, step.for_s)
+                fleet.turn()
+                nodes.turn()
+                times += [e.at for e in read(reader.poll(0.05)) if e.type == EventType.STEP_DONE]
+            fleet.settle_down()
+            while nodes.busy:
+                nodes.turn()
+                time.sleep(0.05)
+            until = time.monotonic() + 5  # what was settled and not read yet
+            while time.monotonic() < until:
+                times += [e.at for e in read(reader.poll(0.1)) if e.type == EventType.STEP_DONE]
+            reader.close()
+        finally:
+            fleet.close()
+            nodes.restore()
+    done = sum(began_ms <= at < began_ms + seconds * 1000 for at in times)
+    assert done < 0.95 * good, "too few good ones for so many seconds"
+    print(f"  seed {seed}: {done / seconds:,.0f}/s with {bad:,} failing ones, {made} faults", flush=True)
+    return seconds / done
+
+
+def faults(options):
+    """The rounds under the fault suite's kills."""
+    with ApacheKafka(nodes=3) as kafka:
+        for task_ms in options.task_ms:
+            took = [
+                tuple(
+                    under_faults(kafka, options.good, bad, task_ms / 1000, seconds=options.faults, seed=seed)
+                    for bad in (0, options.bad)
+                )
+                for seed in range(1, options.rounds + 1)
+            ]
+            tell(task_ms, took, 1, options)
+
+
+def tell(task_ms, took, good, options):
+    """``took``: seconds for so many good ones, alone and beside failing ones, of each round."""
+    # Of all rounds together: what a kill costs differs much from one to the next.
+    without, beside = (statistics.fmean(column) for column in zip(*took, strict=True))
+    show(f"good tasks of {task_ms:g} ms alone", good / without, "tasks/s")
+    show(f"  with {options.bad:,} failing ones among {options.good:,}", good / beside, "tasks/s")
+    print(f"  ratio {without / beside:.2f} (aim: 0.9), by round {', '.join(f'{a / b:.2f}' for a, b in took)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--broker", default="apache", help="apache, or host:port of one that runs")
@@ -100,7 +193,11 @@ def main():
     parser.add_argument("--task-ms", type=float, nargs="*", default=[5.0, 0.0], help="what a good task takes")
     parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill two workers in turn, N times a run")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--faults", type=float, metavar="SECONDS", help="what the fault suite does, for so long a run")
     options = parser.parse_args()
+    if options.faults:
+        faults(options)
+        return
     with broker(options.broker) as bootstrap:
         for task_ms in options.task_ms:
             took = [
@@ -110,11 +207,7 @@ def main():
                 )
                 for _ in range(options.rounds)
             ]
-            # Of all rounds together: what a kill costs differs much from one to the next.
-            without, beside = (statistics.fmean(column) for column in zip(*took, strict=True))
-            show(f"good tasks of {task_ms:g} ms alone", options.good / without, "tasks/s")
-            show(f"  with {options.bad:,} failing ones among {options.good:,}", options.good / beside, "tasks/s")
-            show("  ratio", without / beside, "times", "aim: 0.9")
+            tell(task_ms, took, options.good, options)
 
 
 if __name__ == "__main__":
