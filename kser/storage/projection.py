@@ -564,7 +564,7 @@ def _why_gone(row: Row[Any]) -> str | None:
         return f"worker {row.worker} has stopped: it waits for another one"
     if state == "gone":
         return f"worker {row.worker} was not heard of since {_shown(row.seen)}: it waits for another one"
-    if row.started is not None and row.start_time is not None and row.started > row.start_time + timedelta(seconds=1):
+    if row.started is not None and row.start_time is not None and row.started - row.start_time > timedelta(seconds=1):
         return f"worker {row.worker} was started anew at {_shown(row.started)}: it waits to be taken up again"
     return None
 

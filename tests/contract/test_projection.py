@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlalchemy import update
 
 from kser.errors import StorageError
 from kser.events import Event, read
@@ -413,6 +414,26 @@ def test_a_task_whose_worker_is_gone_waits_until_another_takes_it_up(storage, wo
     assert (found.status, found.worker, found.note) == ("RUNNING", "w2", "")
 
 
+@pytest.mark.parametrize(
+    ("row", "state"),
+    [
+        ({"interval_s": 1e300}, "running"),
+        ({"interval_s": -5.0}, "gone"),
+        ({"seen": datetime.max.replace(tzinfo=UTC)}, "running"),
+    ],
+)
+def test_whatever_a_release_before_stored_of_a_worker_can_be_reckoned_with(storage, row, state):
+    tape = Tape()
+    tape.worker("w1", at=now_ms() - 60_000, started=now_ms() - 60_000)
+    tape.telemetry("task.started", "t", began=now_ms())
+    tape.telemetry("task.started", "late", began=253402300799999)
+    projection = record(storage, tape)
+    with storage.database.write() as connection:
+        connection.execute(update(storage.database.tables.worker).values(row))
+    assert projection.close_dead() == (2 if state == "gone" else 0)
+    assert [worker.state for worker in storage.history.list_workers()] == [state]
+
+
 def test_a_task_that_lives_is_left_alone(storage):
     tape = Tape()
     tape.worker("w1", at=now_ms(), started=now_ms() - 60_000)
@@ -633,13 +654,20 @@ def test_a_broker_that_began_anew_is_another_cluster(storage):
         b'{"v": 1, "type": "worker.state", "worker": "w", "at": 99999999999999999}',
         b'{"v": 1, "type": "worker.state", "at": 5}',
         b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": "soon"}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": 1e12}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": -5}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": true}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": NaN}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": Infinity}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 253402300799000}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "started": 253402300799000}',
     ],
 )
 def test_what_is_no_record_of_ours_is_passed_over(storage, value):
     projection = recorder(storage)
     projection.positions([Partition("shop.events", 0)])
     assert projection.apply([Record("shop.events", 0, 0, None, value, [], 0)]) == 1
-    assert snapshot(storage)["build"] == []
+    assert snapshot(storage)["build"] == snapshot(storage)["worker"] == []
     assert storage.history.list_projections()[0].next_offset == 1
 
 
