@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import inspect
 import json
 import logging
 import threading
@@ -338,12 +339,32 @@ def test_short_tasks_are_not_told_to_have_started_and_long_ones_once(registry, t
         assert record.at - record.task.began >= 100
 
 
+def test_secrets_in_progress_are_masked_as_in_a_log_line(registry, transport, start):
+    @registry.subscribe
+    class Dials(Task):
+        def run(self):
+            report_progress(("db", "postgres://shop:hunter2@db/shop"), 1, 2, "with password=hunter2 as shop")
+            self.log("with password=hunter2 as shop", logging.WARNING)
+
+    task = Dials()
+    task.send()
+    start()
+    eventually(lambda: told(transport, TaskLog, uuid=task.uuid) and told(transport, TaskProgress, uuid=task.uuid))
+    (report,) = told(transport, TaskProgress, uuid=task.uuid)
+    assert (report.group, report.status_line) == (
+        ("db", "postgres://shop:********@db/shop"),
+        "with password=******** as shop",
+    )
+    (line,) = told(transport, TaskLog, uuid=task.uuid)
+    assert line.message.endswith(report.status_line)
+
+
 def test_progress_comes_from_threads_and_coroutines_and_its_last_always(registry, transport, start):
     @registry.subscribe
     class Counts(Task):
         def run(self):
             for n in range(2000):
-                self.report_progress(n + 1, 2000, f"row {n}", "rows::read")
+                self.report_progress("rows::read", n + 1, 2000, f"row {n}")
             copied = contextvars.copy_context()
             thread = threading.Thread(target=lambda: copied.run(report_progress, None, 1, 2, "in a thread"))
             thread.start()
@@ -558,10 +579,27 @@ def test_progress_of_a_task_that_no_worker_runs_is_nothing():
     class Lone(Task):
         def run(self):
             report_progress("a::b", 1, 2, "x")
-            self.report_progress(1, 2)
+            self.report_progress(("a", "b"), 1, 2, status_line="x")
             return Result(stdout="ok")
 
     assert Lone().execute().stdout == "ok"
+
+
+def test_a_task_tells_its_progress_by_the_same_call():
+    """M-13: who has ``self`` need not learn another order."""
+    own = inspect.signature(Task().report_progress)
+    assert own.parameters == inspect.signature(report_progress).parameters
+
+
+@pytest.mark.parametrize("given", [(1, 2), (1, 2, "storing"), (3, 10, "rows", "a::b")])
+def test_progress_in_another_order_is_refused(given):
+    class Lone(Task):
+        def run(self):
+            self.report_progress(*given)
+
+    stack = Lone().execute().retval["error"]["stack"]
+    assert "TypeError" in stack
+    assert "group_name" in stack  # by name, where it belongs
 
 
 @pytest.mark.parametrize(("current", "total"), [(1.5, 2), ("1", 2), (1, None), (True, 2), (1, 2.0)])
