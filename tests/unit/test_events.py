@@ -148,6 +148,20 @@ def test_a_result_that_is_too_large_is_told_with_a_note_instead():
     assert found.identity == told.identity
 
 
+def test_params_that_a_task_changes_meanwhile_are_left_out():
+    """One that was given up, over its time, may still be at work with them."""
+
+    class Grows(dict):
+        def items(self):
+            for item in super().items():
+                self[len(self)] = "more"
+                yield item
+
+    told = event(result=Result(stdout="x"), params={"rows": Grows(a=1)})
+    found = Event.loads(told.to_bytes())
+    assert (found.params, found.result.stdout) == ({}, "x")
+
+
 def test_large_params_are_left_out_before_a_result_is_cut():
     told = event(result=Result(0, "out", "", {"big": "x" * 1000}), params={"p": "y" * MAX_BYTES})
     found = Event.loads(told.to_bytes())
