@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 from kser import context, errors, eventloop, results
 from kser.context import new_uuid
 from kser.errors import InternalError, TaskTimeoutError, ValidationError
-from kser.masking import mask
+from kser.masking import mask, mask_text
 from kser.progress import check_progress, parse_group
 from kser.results import Result
 from kser.retry import Retry
@@ -184,7 +184,7 @@ class Entrypoint(metaclass=EntrypointMeta):
         return self.aborted is None
 
     def report_progress(
-        self, current: int, total: int, status_line: str = "", group_name: "str | Iterable[str] | None" = None
+        self, group_name: "str | Iterable[str] | None", current: int, total: int, status_line: str = ""
     ) -> None:
         """Tell how far a long run() is, for whoever looks on; see kser.progress.report_progress().
 
@@ -193,7 +193,8 @@ class Entrypoint(metaclass=EntrypointMeta):
         check_progress(current, total)
         group = parse_group(group_name)
         if self._control is not None and (reports := self._control.reports) is not None:
-            reports.progress(group, int(current), int(total), str.__str__(str(status_line)))
+            told = mask_text(str.__str__(str(status_line)))
+            reports.progress(tuple(map(mask_text, group)), int(current), int(total), told)
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 

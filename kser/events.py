@@ -26,7 +26,7 @@ __all__ = ["Event", "EventType", "OperationView", "events_topic", "follow", "sch
 
 #: Version of the format.
 VERSION = 1
-#: An event with a larger Result carries a note instead of its retval.
+#: An event with a Result that is larger goes without its params, and if need be with a note instead of its retval.
 MAX_BYTES = 512 * 1024
 #: A longer traceback is shortened.
 MAX_TRACE_BYTES = 96 * 1024
@@ -108,7 +108,7 @@ class Event(NamedTuple):
     status: str = ""
     #: What it gave; None when it gave nothing yet.
     result: Result | None = None
-    #: Parameters, with what looks secret masked; only where something starts.
+    #: Parameters of an operation that starts, or a task that ended or waits; in bytes what looks secret is masked.
     params: dict[str, Any] = _NONE
     #: Anything else worth saying, in words.
     note: str = ""
@@ -179,19 +179,23 @@ class Event(NamedTuple):
             data["attempt"] = attempt
         if began:
             data["began"] = began
-        if self.params:
-            data["params"] = mask(self.params)
+        params = self.params
+        if params and isinstance(params, dict):  # a task may have put anything there
+            shown = mask(params)
+            if isinstance(shown, dict):
+                data["params"] = shown
         if self.note:
             data["note"] = self.note
         if self.result is not None:
             data["result"] = _shown(self.result)
         raw = _encode(data)
+        if len(raw) > MAX_BYTES and self.result is not None and data.pop("params", None):
+            raw = _encode(data)
         if len(raw) > MAX_BYTES and self.result is not None:
             shown = data["result"]
             shown["retval"] = {"truncated": f"the event had {len(raw)} bytes, the limit is {MAX_BYTES}"}
             for stream in ("stdout", "stderr"):
                 shown[stream] = str(shown[stream])[:4096]
-            data["params"] = {}
             raw = _encode(data)
         if trace is not None:  # put at its end: the rest of it is written
             raw = b'%b,"trace":%b}' % (raw[:-1], trace.to_bytes(MAX_TRACE_BYTES))

@@ -17,6 +17,7 @@ _WORDS: tuple[str, ...] = (
 EXTRA_WORDS_VARIABLE = "KSER_SECRET_WORDS"
 _SPLIT = re.compile(r"[^A-Za-z]+|(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 _TOO_DEEP = "(nested too deep to be shown)"
+_CHANGED = "(changed while it was to be shown)"
 #: Longest text, in characters, that is remembered with its secrets masked.
 _SHORT = 512
 #: After one of these at the end of a line a value may follow in the next one.
@@ -57,12 +58,15 @@ def looks_secret_by(name: str, extra: str) -> bool:
 def mask(value: Any) -> Any:
     """A copy of ``value`` in which the values under secret names, at any depth, are replaced by MASK.
 
-    Never raises: what refers to itself or is nested too deep for a copy is replaced by a text that says so.
+    Never raises: what refers to itself or is nested too deep for a copy is replaced by a text that says so, and so is
+    what another thread changes meanwhile.
     """
     try:
         return _mask(value, extra_words())
     except RecursionError:
         return _TOO_DEEP
+    except RuntimeError:  # a task that was given up may still be at work with its params
+        return _CHANGED
 
 
 def mask_text(text: str) -> str:

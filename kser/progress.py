@@ -28,16 +28,17 @@ def report_progress(group_name: "str | Iterable[str] | None", current: int, tota
         group_name: the path of a group as a tuple, a list or ``"a::b"``; None: the top level.
         current: how much is done.
         total: of how much.
-        status_line: what is being done, in words.
+        status_line: what is being done, in words. What looks secret in it, or in a name, is masked as in a log line.
 
-    Raises RuntimeError outside of a running task, TypeError when ``current`` or ``total`` is no whole number.
+    Raises RuntimeError outside of a running task, TypeError when ``current`` or ``total`` is no whole number, or
+    ``group_name`` no group.
     """
     task = context.current_task()
     if task is None:
         raise RuntimeError(
             "report_progress() outside of an execution context: call it from the code of a task that is being run"
         )
-    task.report_progress(current, total, status_line, group_name)
+    task.report_progress(group_name, current, total, status_line)
 
 
 def parse_group(group_name: Any) -> tuple[str, ...]:
@@ -58,7 +59,10 @@ def check_progress(current: Any, total: Any) -> None:
     """Raise TypeError unless both are whole numbers."""
     for name, value in (("current", current), ("total", total)):
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}={value!r}: give a whole number, not a {type(value).__name__}")
+            raise TypeError(
+                f"{name}={value!r}: give a whole number, not a {type(value).__name__}; "
+                "the order is report_progress(group_name, current, total, status_line)"
+            )
 
 
 @dataclass(init=False, slots=True, repr=False, eq=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -124,7 +124,7 @@ def dev(
             ) as crew,
         ):
             _introduce(registry, address, tasks, group, port, storage, reload=reload)
-            _show_launch(registry, registered, address, group, next(iter(tasks)), storage)
+            _show_launch(registry, registered, address, group, tasks, storage)
             for changed in _turns(registry, ended, reload=reload):
                 if not broker.alive:
                     raise CommandFailed(f"The broker on {address} has ended; its topics are lost", code=FAILED)
@@ -210,15 +210,16 @@ def _introduce(
 
 
 def _show_launch(
-    registry: str, registered: Sequence[Mapping[str, Any]], address: str, group: str, topic: str, storage: str
+    registry: str, registered: Sequence[Mapping[str, Any]], address: str, group: str, tasks: Iterable[str], storage: str
 ) -> None:
     """What to type to see something happen: with an operation that needs no parameters, if there is one."""
     first = min(registered, key=lambda row: (row["kind"] != "operation", bool(row["required"])), default=None)
     click.echo("In another terminal:")
-    click.echo(f"  export KSER_BOOTSTRAP_SERVERS={address} KSER_GROUP={group} KSER_STORAGE={safe_url(storage)}")
+    where = f"KSER_BOOTSTRAP_SERVERS={address} KSER_GROUP={group} KSER_TOPICS={','.join(tasks)}"
+    click.echo(f"  export {where} KSER_STORAGE={safe_url(storage)}")
     if first is not None:
         name, params = first["name"].rpartition(".")[2], " --params '{...}'" if first["required"] else ""
-        click.echo(f"  kser launch {registry} {name} --topic {first['topic'] or topic}{params} --watch")
+        click.echo(f"  kser launch {registry} {name} --topic {first['topic'] or next(iter(tasks))}{params} --watch")
     click.echo("  kser operations list")
 
 

@@ -3,7 +3,7 @@
 import click
 
 from kser.cli.options import example, log_level_option
-from kser.cli.storage import open_storage, storage_option
+from kser.cli.storage import need_file, open_storage, storage_option
 from kser.storage.urls import safe_url
 
 __all__ = ["install", "uninstall"]
@@ -33,5 +33,6 @@ def install(storage: str) -> None:
 def uninstall(storage: str) -> None:
     """Drop the tables of a storage WITH ALL THAT IS IN THEM, without any further warning. Other tables stay."""
     with open_storage(storage) as opened:
+        need_file(opened)
         opened.uninstall()
     click.echo(f"Uninstalled: {safe_url(storage)}")

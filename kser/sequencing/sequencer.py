@@ -171,6 +171,7 @@ class Sequencer:
                     position,
                     Status.SUCCESS,
                     result,
+                    task.params,
                 )
             )
             if over is not None:
@@ -573,4 +574,5 @@ def step_event(task: Task, result: Result, itinerary: Itinerary | None) -> Event
         position=itinerary.position if itinerary else 0,
         status=_status(result),
         result=result,
+        params=task.params,
     )

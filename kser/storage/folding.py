@@ -180,7 +180,8 @@ def _outcome(last: Told, result: dict[str, Any]) -> dict[str, Any]:
     """What it gave, and what went wrong."""
     retcode = result.get("retcode")
     values: dict[str, Any] = {
-        "retcode": retcode if isinstance(retcode, int) and abs(retcode) < 1 << 63 else 1,
+        # true is no number: of the databases one takes it for 1, another one refuses it.
+        "retcode": retcode if type(retcode) is int and abs(retcode) < 1 << 63 else 1,
         "stdout": clean_text(str(result.get("stdout") or "")),
         "stderr": clean_text(str(result.get("stderr") or "")),
         "retval": result.get("retval"),

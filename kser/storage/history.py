@@ -1,7 +1,7 @@
 """History: the read API over what the storage knows, for people and tools."""
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, Row, Select, func, or_, select
@@ -359,7 +359,8 @@ def _log_line(row: Row[Any]) -> LogLine:
 
 def worker_state(row: Row[Any]) -> str:
     """What a worker told of its state; "gone" when it should have told something long ago."""
-    overdue = row.seen + timedelta(seconds=max(_MISSED * row.interval_s, _LEAST_S)) < now()
+    # In seconds: a row may hold an interval that no calendar has room for, or one that is no number.
+    overdue = (now() - row.seen).total_seconds() > max(_LEAST_S, _MISSED * row.interval_s)
     return "gone" if overdue and row.state != "stopped" else str(row.state)
 
 

@@ -41,6 +41,8 @@ _EVENT = (
     *("identity", "type", "uuid", "root", "run", "position", "attempt", "phase", "worker", "data"),
     *("cluster", "topic", "partition", "offset"),
 )
+#: A worker that runs a task for so long has told of itself, if it ever does: that is every few seconds.
+_UNHEARD = timedelta(minutes=10)
 
 
 class StaleError(Exception):
@@ -182,15 +184,15 @@ class Projection:
     def close_dead(self) -> int:
         """See that nothing is RUNNING for ever; the number of tasks that were not running any more.
 
-        A task whose worker is gone waits for another one: PENDING, until one takes it up. A task whose operation has
-        ended is ABORTED.
+        A task whose worker is gone, or was never heard of, waits for another one: PENDING, until one
+        takes it up. A task whose operation has ended is ABORTED.
         """
         build, worker = self._tables.build, self._tables.worker
         running = and_(~build.c.finished, build.c.status == str(Status.RUNNING), build.c.kind == "task")
         query = (
-            select(build.c.id, build.c.worker, build.c.start_time, build.c.uuid, worker)
-            .join(worker, and_(worker.c.name == build.c.worker, worker.c.group_name == build.c.group_name))
-            .where(running)
+            select(build.c.id, build.c.worker, build.c.start_time, build.c.created, build.c.uuid, worker)
+            .outerjoin(worker, and_(worker.c.name == build.c.worker, worker.c.group_name == build.c.group_name))
+            .where(running, build.c.worker.is_not(None))
         )
         with self._database.write() as connection:
             closed = self._end_steps(connection, None)
@@ -559,12 +561,16 @@ def _dump(values: dict[str, Any]) -> None:
 
 def _why_gone(row: Row[Any]) -> str | None:
     """Why the task in this row does not run any more; None when it may."""
+    if row.name is None:
+        if now() - (row.start_time or row.created) < _UNHEARD:
+            return None
+        return f"worker {row.worker} was never heard of: it waits for another one"
     state = worker_state(row)
     if state == "stopped":
         return f"worker {row.worker} has stopped: it waits for another one"
     if state == "gone":
         return f"worker {row.worker} was not heard of since {_shown(row.seen)}: it waits for another one"
-    if row.started is not None and row.start_time is not None and row.started > row.start_time + timedelta(seconds=1):
+    if row.started is not None and row.start_time is not None and row.started - row.start_time > timedelta(seconds=1):
         return f"worker {row.worker} was started anew at {_shown(row.started)}: it waits to be taken up again"
     return None
 

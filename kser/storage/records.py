@@ -14,7 +14,18 @@ from kser.errors import ValidationError
 from kser.storage.values import clean_text, dump_any_json
 from kser.transport import Record
 
-__all__ = ["RUN_SENT", "LogTold", "ProgressTold", "Told", "WorkerTold", "name_of_root", "of_root", "parse", "stored"]
+__all__ = [
+    "RUN_SENT",
+    "LogTold",
+    "ProgressTold",
+    "Told",
+    "WorkerTold",
+    "name_of_root",
+    "of_root",
+    "parse",
+    "stored",
+    "worker_told",
+]
 
 #: Version of the format that is read.
 _VERSION = 1
@@ -34,6 +45,10 @@ _SHORT = _LONGEST // 4
 #: Largest number in a column of its own.
 _LARGEST = 2**31 - 1
 _LARGEST_BIG = 2**63 - 1
+#: Longest interval of a worker, in seconds, and the first time, in milliseconds since the epoch, that it cannot tell of
+#: itself: it begins the year 9999, behind which there is no room to reckon with.
+_LONGEST_INTERVAL_S = 86_400
+_END_OF_TIME_MS = 253_370_764_800_000
 
 
 class Told(NamedTuple):
@@ -108,7 +123,7 @@ def parse(record: Record, cluster: str) -> "Told | ProgressTold | LogTold | Work
         if kind == "task.log":
             return _log(_told(data, text, record, cluster))
         if kind == "worker.state":
-            return _worker(data)
+            return worker_told(data)
     except (ValidationError, AttributeError, KeyError, TypeError, ValueError, OverflowError):
         return None
     return None
@@ -224,14 +239,23 @@ def _log(about: Told) -> LogTold:
     )
 
 
-def _worker(data: Mapping[str, Any]) -> WorkerTold:
+def worker_told(data: Mapping[str, Any]) -> WorkerTold:
+    """What a worker told of itself. Raises ValueError, TypeError or KeyError when nobody can reckon with it."""
+    interval_s = data.get("interval_s") or 0
+    # A number that is none, and an infinite one, are not between two others either.
+    if (
+        isinstance(interval_s, bool)
+        or not isinstance(interval_s, (int, float))
+        or not 0 <= interval_s <= _LONGEST_INTERVAL_S
+    ):
+        raise ValueError(f"interval_s={interval_s!r} is no number of seconds from 0 to {_LONGEST_INTERVAL_S}")
     return WorkerTold(
         name=_name(data["worker"]),
         group=_text(data.get("group") or ""),
         state=_text(data.get("state") or "running"),
-        started_ms=_number(data.get("started") or 0, _LARGEST_BIG),
-        seen=datetime.fromtimestamp(_number(data["at"], _LARGEST_BIG) / 1000, UTC),
-        interval_s=float(data.get("interval_s") or 0),
+        started_ms=_number(data.get("started") or 0, _END_OF_TIME_MS - 1),
+        seen=datetime.fromtimestamp(_number(data["at"], _END_OF_TIME_MS - 1) / 1000, UTC),
+        interval_s=float(interval_s),
         data=data,
     )
 

@@ -440,7 +440,16 @@ class Runner:
                 return Outcome("done")  # nothing follows from it
             if self._silent:  # as _ended() has it
                 event = Event(
-                    EventType.STEP_DONE, task.uuid, task.path, None, None, work.subject[1], 0, Status.SUCCESS, result
+                    EventType.STEP_DONE,
+                    task.uuid,
+                    task.path,
+                    None,
+                    None,
+                    work.subject[1],
+                    0,
+                    Status.SUCCESS,
+                    result,
+                    task.params,
                 )
                 outcome = self._outcome("done", Consequences(events=[event]), outbox)
                 outcome.refused = partial(self._task_refused, task, work)
@@ -603,7 +612,12 @@ class Runner:
             if itinerary is not None and itinerary.frames:
                 return self.sequencer.failed(task, failure, itinerary, topic)
             event = Event(
-                type=EventType.STEP_FAILED, uuid=task.uuid, entrypoint=task.path, status="FAILED", result=failure
+                type=EventType.STEP_FAILED,
+                uuid=task.uuid,
+                entrypoint=task.path,
+                status="FAILED",
+                result=failure,
+                params=task.params,
             )
             return Consequences(events=[event])
 

@@ -1,11 +1,13 @@
 """One suite for what events and telemetry become in a storage: memory, sqlite, PostgreSQL. DESIGN.md 5; R-35, R-58."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from sqlalchemy import update
 
 from kser.errors import StorageError
 from kser.events import Event, read
@@ -413,6 +415,43 @@ def test_a_task_whose_worker_is_gone_waits_until_another_takes_it_up(storage, wo
     assert (found.status, found.worker, found.note) == ("RUNNING", "w2", "")
 
 
+@pytest.mark.parametrize(
+    ("row", "state"),
+    [
+        ({"interval_s": 1e300}, "running"),
+        ({"interval_s": -5.0}, "gone"),
+        ({"seen": datetime.max.replace(tzinfo=UTC)}, "running"),
+    ],
+)
+def test_whatever_a_release_before_stored_of_a_worker_can_be_reckoned_with(storage, row, state):
+    tape = Tape()
+    tape.worker("w1", at=now_ms() - 60_000, started=now_ms() - 60_000)
+    tape.telemetry("task.started", "t", began=now_ms())
+    tape.telemetry("task.started", "late", began=253402300799999)
+    projection = record(storage, tape)
+    with storage.database.write() as connection:
+        connection.execute(update(storage.database.tables.worker).values(row))
+    assert projection.close_dead() == (2 if state == "gone" else 0)
+    assert [worker.state for worker in storage.history.list_workers()] == [state]
+
+
+def test_a_task_whose_worker_was_never_heard_of_does_not_run_for_ever(storage):
+    """What the worker told of itself is gone: the topic forgets, or it was told to another storage."""
+    tape = Tape()
+    tape.telemetry("task.started", "t", began=now_ms() - 700_000, worker="ghost")
+    tape.telemetry("task.started", "new", began=now_ms() - 500_000, worker="ghost")
+    tape.telemetry("task.progress", "lost", current=1, total=2, at=now_ms() - 700_000, began=0, worker="ghost")
+    projection = record(storage, tape)
+    assert projection.close_dead() == 2
+    found = storage.history.get_operation("t")
+    assert (found.status, found.note) == ("PENDING", "worker ghost was never heard of: it waits for another one")
+    assert storage.history.get_operation("lost").status == "PENDING"  # its start was not told
+    assert storage.history.get_operation("new").status == "RUNNING"
+    assert projection.close_dead() == 0
+    tape.worker("ghost", at=now_ms())
+    assert record(storage, tape).close_dead() == 0
+
+
 def test_a_task_that_lives_is_left_alone(storage):
     tape = Tape()
     tape.worker("w1", at=now_ms(), started=now_ms() - 60_000)
@@ -633,13 +672,20 @@ def test_a_broker_that_began_anew_is_another_cluster(storage):
         b'{"v": 1, "type": "worker.state", "worker": "w", "at": 99999999999999999}',
         b'{"v": 1, "type": "worker.state", "at": 5}',
         b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": "soon"}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": 1e12}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": -5}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": true}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": NaN}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "interval_s": Infinity}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 253402300799000}',
+        b'{"v": 1, "type": "worker.state", "worker": "w", "at": 5, "started": 253402300799000}',
     ],
 )
 def test_what_is_no_record_of_ours_is_passed_over(storage, value):
     projection = recorder(storage)
     projection.positions([Partition("shop.events", 0)])
     assert projection.apply([Record("shop.events", 0, 0, None, value, [], 0)]) == 1
-    assert snapshot(storage)["build"] == []
+    assert snapshot(storage)["build"] == snapshot(storage)["worker"] == []
     assert storage.history.list_projections()[0].next_offset == 1
 
 
@@ -672,6 +718,17 @@ def test_numbers_at_the_ends_of_their_range_are_stored(storage):
     record(storage, tape)
     found = storage.history.get_operation("t")
     assert (found.run, found.ended, found.result["retcode"]) == (2**31 - 1, None, 1)
+
+
+@pytest.mark.parametrize("retcode", [True, False, 0.0, "0", None])
+def test_a_retcode_that_is_no_whole_number_is_a_failure_on_every_storage(storage, retcode):
+    tape = Tape()
+    tape.event("step.failed", "t", status="FAILED")
+    told = json.loads(tape.records[0].value) | {"result": {"uuid": "t", "retcode": retcode}}
+    tape.records[0] = tape.records[0]._replace(value=json.dumps(told).encode())
+    record(storage, tape)
+    found = storage.history.get_operation("t")
+    assert (found.result["retcode"], type(found.result["retcode"]), found.error) == (1, int, "retcode 1")
 
 
 def test_a_database_that_is_gone_is_an_error_and_nothing_is_moved(storage, monkeypatch):

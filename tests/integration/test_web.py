@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -208,6 +209,11 @@ def test_kser_dev_runs_everything_reloads_and_ends_as_one(tmp_path):
         api.wait()
         again = wait_for(lambda: launched(api), what="a launch after the reload")
         wait_for(lambda: result_of(api, again) == ["second", "second"], what="the operation with the new code")
+        (exports,) = re.findall(r"^  export (.*)$", log.read_text(), re.MULTILINE)
+        named = dict(word.split("=", 1) for word in exports.split())
+        lag = [sys.executable, "-m", "kser", "lag", "--format", "json"]
+        done = subprocess.run(lag, capture_output=True, text=True, env=environment(**named), timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
         started = children_of(child.pid)
         assert len(started) >= 3  # broker, worker, API
         listing = ["ps", "-ww", "-o", "args=", "-p", ",".join(map(str, started))]
@@ -222,7 +228,6 @@ def test_kser_dev_runs_everything_reloads_and_ends_as_one(tmp_path):
         "in memory",
         "group dev, topics shop (6 partitions)",
         "sqlite:///kser-dev.db",
-        "export KSER_BOOTSTRAP",
     ):
         assert told in text
 

@@ -60,6 +60,13 @@ def storage(url):
     opened.close()
 
 
+def test_what_is_not_there_is_not_uninstalled_and_no_file_is_made(run, tmp_path):
+    done = run("uninstall", "--storage", f"sqlite:///{tmp_path}/missing.db")
+    assert done.exit_code == 2
+    assert f"There is no storage {tmp_path}/missing.db" in done.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_tables_are_installed_upgraded_and_dropped(run, url):
     for _ in range(2):
         done = run("install", "--storage", url)

@@ -148,6 +148,31 @@ def test_a_result_that_is_too_large_is_told_with_a_note_instead():
     assert found.identity == told.identity
 
 
+def test_params_that_a_task_changes_meanwhile_are_left_out():
+    """One that was given up, over its time, may still be at work with them."""
+
+    class Grows(dict):
+        def items(self):
+            for item in super().items():
+                self[len(self)] = "more"
+                yield item
+
+    told = event(result=Result(stdout="x"), params={"rows": Grows(a=1)})
+    found = Event.loads(told.to_bytes())
+    assert (found.params, found.result.stdout) == ({}, "x")
+
+
+def test_large_params_are_left_out_before_a_result_is_cut():
+    told = event(result=Result(0, "out", "", {"big": "x" * 1000}), params={"p": "y" * MAX_BYTES})
+    found = Event.loads(told.to_bytes())
+    assert (found.params, found.result.retval) == ({}, {"big": "x" * 1000})
+
+
+@pytest.mark.parametrize("params", [None, 5, object(), [1]])
+def test_params_that_a_task_has_replaced_by_something_else_are_left_out(params):
+    assert "params" not in json.loads(event(params=params).to_bytes())
+
+
 @pytest.mark.parametrize(
     "raw", [None, b"", b"{", b"[]", b"5", b"null", b"{}", b'{"type": "x"}', b"\xff",
             b'{"type": "x", "uuid": "u", "entrypoint": "e", "result": {"odd": 1}}',

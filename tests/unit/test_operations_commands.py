@@ -116,6 +116,33 @@ def test_operations_are_listed_newest_first_with_what_became_of_them(run, storag
     assert lines[-1] == "3 in all"
 
 
+def test_a_task_is_found_by_its_params_and_shown_with_them(run, storage, broker):
+    """K-33: those of steps, and of tasks of no operation, too."""
+    registry = OperationRegistry(producer=BaseProducer(broker.sink()), topic="work")
+    registry.configure(storage=storage)
+
+    @registry.subscribe
+    class Mail(Task):
+        def run(self):
+            pass
+
+    @registry.subscribe
+    class Both(Operation):
+        def build_tasks(self, **params):
+            return [Mail(params={"to": "anna"}), Mail(params={"to": "berta"})]
+
+    lone, both = Mail(params={"to": "carla", "password": SECRET}), Both().build()
+    lone.send()
+    both.launch()
+    Worker(registry, topics=["work"], group="shop", transport=broker).run(until_idle=True)
+    record_topics(storage, broker)
+    assert lone.uuid in run("operations", "list", "--text", "carla").output
+    found = Mail.init_by_id(lone.uuid)
+    assert found.params == {"to": "carla", "password": MASK}
+    shown = json.loads(run("operations", "show", both.uuid, "--format", "json").output)
+    assert [task["params"] for task in shown["tasks"]] == [{"to": "anna"}, {"to": "berta"}]
+
+
 def test_what_began_in_another_year_is_shown_with_it(run, storage):
     tape = Tape()
     for uuid, year in (("then-0000", 2001), ("now-00000", datetime.now().astimezone().year)):

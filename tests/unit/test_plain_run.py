@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from kser import Message, Operation, OperationRegistry, Result, Task
 from kser.context import Control, controlling
 from kser.errors import TransportError
+from kser.masking import MASK
 from kser.retry import Retry
 from kser.sequencing.itinerary import METADATA_KEY
 from kser.transport import Record
@@ -153,6 +154,43 @@ def test_both_ways_give_the_same(name, params, result, metadata, itinerary, head
         error = TransportError("no room")
         told = [[timeless(record) for record in outcome.refused(error)] for outcome in given]
         assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nothing", "step.done"),
+        ("hooked", "step.done"),
+        ("fails", "step.failed"),
+        ("nobody's", "step.failed"),
+        ("again", "step.retrying"),
+    ],
+)
+@pytest.mark.parametrize("around", ["nothing", "a task after it", "an operation"])
+@pytest.mark.parametrize("short", [True, False])
+def test_what_ends_or_repeats_a_task_tells_its_params_masked(name, told, around, short):
+    """K-33: the history knows them from nowhere else."""
+    metadata = {}
+    if around != "nothing":
+        after = [{"uuid": "n", "entrypoint": "nothing", "params": {}}] if around == "a task after it" else []
+        frame = {"uuid": "op", "entrypoint": "operation", "params": {}, "tasks": after}
+        metadata = {METADATA_KEY: {"v": 1, "run": 1, "position": 0, "ops": [frame]}}
+    runner = runners(events=True)[0 if short else 1]
+    for params, shown in (({"of": "A7", "password": "hunter2"}, {"of": "A7", "password": MASK}), ({}, None)):
+        value = Message("t", name, params, None, metadata).to_bytes()
+        record = Record("tasks", 0, 7, b"k", value, (), 1)
+        with controlling(Control(1)):
+            outcome = runner.run(record)
+            refused = outcome.refused(TransportError("no room"))
+        assert (told, shown) in params_told(outcome.records)
+        assert all(found == shown for kind, found in params_told(refused) if kind == "step.failed")
+        aborted = runner.abort(runner.open(record), "was aborted")
+        assert ("step.aborted", shown) in params_told(aborted.records)
+
+
+def params_told(records):
+    events = [json.loads(record.value) for record in records if record.topic == "g.events"]
+    return [(event["type"], event.get("params")) for event in events if event["uuid"] == "t"]
 
 
 class TestChanged:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import inspect
 import json
 import logging
 import threading
@@ -162,6 +163,7 @@ def test_any_progress_is_written_and_read(current, total, line, group):
 def test_each_record_that_a_worker_writes_is_as_the_schema_says(registry, transport, start):
     """All kinds of events and of telemetry, by tasks that end in every way there is."""
     again = []
+    account = {"token": "hunter2hunter2"}
 
     @registry.subscribe(retry=Retry(attempts=2, backoff_s=0.01, jitter=0))
     class Flaky(Task):
@@ -190,7 +192,7 @@ def test_each_record_that_a_worker_writes_is_as_the_schema_says(registry, transp
     @registry.subscribe
     class Outer(Operation):
         def build_tasks(self, **params):
-            return [Flaky(), Inner(params=params), Flaky()]
+            return [Flaky(params=account), Inner(params=params), Flaky()]
 
     @registry.subscribe
     class Unbuildable(Operation):
@@ -205,7 +207,7 @@ def test_each_record_that_a_worker_writes_is_as_the_schema_says(registry, transp
     long.send()
     aborted = Outer().build()
     sink = transport.sink()
-    kmsg = Message("waits", "of.another.Release", {})
+    kmsg = Message("waits", "of.another.Release", {"password": "hunter2hunter2"})
     sink.produce(OutRecord(TOPIC, b"x", kmsg.to_bytes()))
     sink.produce(OutRecord(TOPIC, b"x", kmsg.to_bytes(), ((WAITING, b"1"),)))
     sink.produce(OutRecord(TOPIC, b"x", b"no message"))
@@ -229,7 +231,7 @@ def test_each_record_that_a_worker_writes_is_as_the_schema_says(registry, transp
         VALID.validate(data)
         kinds.add(data["type"])
     assert kinds == {each["$ref"].rpartition("/")[2] for each in schema()["oneOf"]}
-    assert not any(b"hunter2" in record.value for record in records)
+    assert [record.value for record in records if b"hunter2" in record.value] == []
 
 
 def test_a_failed_step_tells_where_it_came_from_with_the_variables(registry, transport, start):
@@ -338,12 +340,32 @@ def test_short_tasks_are_not_told_to_have_started_and_long_ones_once(registry, t
         assert record.at - record.task.began >= 100
 
 
+def test_secrets_in_progress_are_masked_as_in_a_log_line(registry, transport, start):
+    @registry.subscribe
+    class Dials(Task):
+        def run(self):
+            report_progress(("db", "postgres://shop:hunter2@db/shop"), 1, 2, "with password=hunter2 as shop")
+            self.log("with password=hunter2 as shop", logging.WARNING)
+
+    task = Dials()
+    task.send()
+    start()
+    eventually(lambda: told(transport, TaskLog, uuid=task.uuid) and told(transport, TaskProgress, uuid=task.uuid))
+    (report,) = told(transport, TaskProgress, uuid=task.uuid)
+    assert (report.group, report.status_line) == (
+        ("db", "postgres://shop:********@db/shop"),
+        "with password=******** as shop",
+    )
+    (line,) = told(transport, TaskLog, uuid=task.uuid)
+    assert line.message.endswith(report.status_line)
+
+
 def test_progress_comes_from_threads_and_coroutines_and_its_last_always(registry, transport, start):
     @registry.subscribe
     class Counts(Task):
         def run(self):
             for n in range(2000):
-                self.report_progress(n + 1, 2000, f"row {n}", "rows::read")
+                self.report_progress("rows::read", n + 1, 2000, f"row {n}")
             copied = contextvars.copy_context()
             thread = threading.Thread(target=lambda: copied.run(report_progress, None, 1, 2, "in a thread"))
             thread.start()
@@ -558,10 +580,25 @@ def test_progress_of_a_task_that_no_worker_runs_is_nothing():
     class Lone(Task):
         def run(self):
             report_progress("a::b", 1, 2, "x")
-            self.report_progress(1, 2)
+            self.report_progress(("a", "b"), 1, 2, status_line="x")
             return Result(stdout="ok")
 
     assert Lone().execute().stdout == "ok"
+
+
+def test_a_task_tells_its_progress_by_the_same_call():
+    """M-13: who has ``self`` need not learn another order."""
+    own = inspect.signature(Task().report_progress)
+    assert own.parameters == inspect.signature(report_progress).parameters
+
+
+@pytest.mark.parametrize("given", [(1, 2), (1, 2, "storing"), (3, 10, "rows", "a::b")])
+def test_progress_in_another_order_is_refused(given):
+    class Lone(Task):
+        def run(self):
+            self.report_progress(*given)
+
+    assert "TypeError" in Lone().execute().retval["error"]["stack"]
 
 
 @pytest.mark.parametrize(("current", "total"), [(1.5, 2), ("1", 2), (1, None), (True, 2), (1, 2.0)])
@@ -570,7 +607,9 @@ def test_progress_that_is_no_whole_number_is_refused(current, total):
         def run(self):
             report_progress(None, current, total)
 
-    assert "TypeError" in Lone().execute().retval["error"]["stack"]
+    stack = Lone().execute().retval["error"]["stack"]
+    assert "TypeError" in stack
+    assert "report_progress(group_name, current, total, status_line)" in stack
 
 
 @pytest.mark.parametrize(("given", "path"), [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import urllib3
 from openapi_spec_validator import validate
+from sqlalchemy import update
 
 from kser import Operation, OperationRegistry, Result, Task, TransportError, Worker
 from kser.control import read_control
@@ -16,10 +17,12 @@ from kser.http.producer import Producer
 from kser.http.serving import Server
 from kser.masking import MASK
 from kser.storage import get_storage_from_url
+from kser.storage.projection import Projection
 from kser.testing import eventually
 from kser.transport.memory import MemoryTransport
 from kser.web import WebSettings, create_app
 from kser.worker.topics import ensure_group_topics
+from tests.recording import Tape
 
 registry = OperationRegistry()
 
@@ -350,6 +353,19 @@ def test_logs_and_progress_of_an_execution(api, storage, build):
     assert progress["children"][0]["status_line"] == "page 3"
     assert api.get(f"/api/1/operations/{uuid}/timeline").json == {"events": []}
     assert api.get("/api/1/workers").json == {"workers": []}
+
+
+def test_workers_are_listed_whatever_one_told_of_itself(make, storage):
+    tape = Tape()
+    tape.worker("usual")
+    tape.worker("endless", interval_s=1e12)
+    projection = Projection(storage.database, "c", "shop")
+    projection.positions(tape.partitions)
+    projection.apply(tape.records)
+    with storage.database.write() as connection:  # as a release before stored it
+        connection.execute(update(storage.database.tables.worker).values(interval_s=1e300))
+    answer = make().get("/api/1/workers")
+    assert [worker["name"] for worker in answer.json["workers"]] == ["usual"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final, Literal, Self
@@ -121,7 +122,7 @@ class LiveOperation:
 
     def _recall(self, names: set[str]) -> None:
         """Put in what these workers told last before they were listened to. Who told nothing for long is gone."""
-        from kser.storage.records import WorkerTold  # here: it loads SQL
+        from kser.storage.records import WorkerTold, worker_told  # here: it loads SQL
 
         if not names:
             return
@@ -132,11 +133,8 @@ class LiveOperation:
             return  # the next look asks again
         workers = [WorkerTold(name, self._group, "running", 0, since, 0.0, {}) for name in names if name not in told]
         for name in names & told.keys():
-            state = told[name]
-            seen = datetime.fromtimestamp(state.at / 1000, UTC)
-            workers.append(
-                WorkerTold(name, self._group, state.state, state.started, seen, state.interval_s, asdict(state))
-            )
+            with suppress(ValueError, TypeError, KeyError):  # nobody can reckon with what it told
+                workers.append(worker_told(asdict(told[name])))
         self._projection.add_workers(workers)
         self._recalled |= names
 
