@@ -23,14 +23,21 @@ _SHORT = 512
 #: After one of these at the end of a line a value may follow in the next one.
 _OPEN = ('"', "'", ":")
 _SIGNS = ("=", "'", '"', "://")
-#: ``"password": "x"``, ``password=x``, ``Authorization: Basic x`` and ``scheme://user:x@host``.
+#: ``"password": "x"``, ``password=x``, ``Authorization: Basic x`` and ``scheme://user:x@host``. Of a list or dict only
+#: how it begins.
 _SECRETS = re.compile(
-    r"""(?P<quote>["'])(?P<quoted>[\w.\-]{1,100})(?P=quote)\s*:\s*(?P<value1>"[^"\n]*"?|'[^'\n]*'?|[^\s,;}\])]+)"""
-    r"""|(?<![\w.\-])(?P<plain>[\w.\-]{1,100})=(?P<value2>"[^"\n]*"?|'[^'\n]*'?|[^\s,;&}\])]+)"""
+    r"""(?P<quote>["'])(?P<quoted>[\w.\-]{1,100})(?P=quote)\s*:\s*"""
+    r"""(?P<value1>"[^"\n]*"?|'[^'\n]*'?|[\[{(]|[^\s,;}\])]+)"""
+    r"""|(?<![\w.\-])(?P<plain>[\w.\-]{1,100})="""
+    r"""(?P<value2>"[^"\n]*"?|'[^'\n]*'?|[\[{(]|[^\s,;&}\])]+)"""
     r"""|(?<!\w)authorization:\s*(?P<value3>[^\n"',;]+)"""
     r"""|://[^\s/:@]*:(?P<value4>[^\s/]+)@""",
     re.IGNORECASE,
 )
+_VALUES = ("value1", "value2", "value3", "value4")
+_BRACKETS = frozenset("[{(")
+#: The rest of a list or dict, up to where it closes first.
+_REST = re.compile(r"[^\]})\n]*[\]})]*")
 
 
 def looks_secret(name: str) -> bool:
@@ -100,7 +107,19 @@ def _apart(text: str) -> list[str]:
 
 
 def _mask_text(text: str, extra: str) -> str:
-    return _SECRETS.sub(functools.partial(_masked, extra), text)
+    shown: list[str] = []
+    end = at = 0
+    while (found := _SECRETS.search(text, at)) is not None:
+        kind = next(kind for kind in _VALUES if found[kind] is not None)
+        first, at = found.span(kind)
+        name = found["quoted"] or found["plain"]
+        if name is not None and not looks_secret_by(name, extra):
+            continue  # of a list or dict what is in it has names of its own
+        if text[first:at] in _BRACKETS and (rest := _REST.match(text, at)) is not None:
+            at = rest.end()
+        shown += (text[end:first], MASK)
+        end = at
+    return "".join([*shown, text[end:]]) if shown else text
 
 
 _masked_before = functools.lru_cache(maxsize=2048)(_mask_text)
@@ -119,13 +138,3 @@ def _mask(value: Any, extra: str) -> Any:
     if isinstance(value, (list, tuple)):
         return [_mask(v, extra) for v in value]
     return value
-
-
-def _masked(extra: str, found: "re.Match[str]") -> str:
-    name = found["quoted"] or found["plain"]
-    if name is not None and not looks_secret_by(name, extra):
-        return found[0]
-    kind = next(kind for kind in ("value1", "value2", "value3", "value4") if found[kind] is not None)
-    start, end = found.span(kind)
-    whole = found.string[found.start() : found.end()]
-    return whole[: start - found.start()] + MASK + whole[end - found.start() :]
