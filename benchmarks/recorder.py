@@ -2,7 +2,8 @@
 
 First without a broker, from memory: no-op tasks that belong to no operation (one event each), operations of three
 tasks (five events), and the same with each event of an operation in another batch. Then as it is: one worker runs
-no-op tasks on a broker at full speed with the default events, and when it has ended a recorder reads them from there.
+no-op tasks on a broker at full speed with the default events, and operations of three of them, all begun at once, so
+that their events lie far apart; and when it has ended a recorder reads what it told from there.
 PostgreSQL is one of the tests' own and commits to disk here, as a real one does. Telemetry has only tasks over 0.1 s.
 """
 
@@ -20,8 +21,12 @@ from pathlib import Path
 from common import HERE, ROOT, broker, make_topic, show
 from confluent_kafka import Producer
 from produce_to_done import envelope
+from worker_app import Noop, registry
 
+from kser import Operation
+from kser.confluent.producer import Producer as KserProducer
 from kser.confluent.transport import ConfluentTransport
+from kser.events import EventType, events_topic, read
 from kser.storage import get_storage_from_url
 from kser.storage.projection import Projection
 from kser.storage.recorder import BATCH, Recorder
@@ -105,7 +110,36 @@ def worker(bootstrap, topic, group, count):
         process.wait(30)
 
 
-def from_broker(bootstrap, group, url, count):
+def chains(bootstrap, topic, group, count):
+    """Events a second that a worker tells of so many operations, and how many these are."""
+    with KserProducer({"bootstrap.servers": bootstrap}) as producer:
+        registry.configure(producer=producer, topic=topic)
+        with producer.batch(timeout=120):
+            for _ in range(count):
+                Operation(tasks=[Noop(), Noop(), Noop()]).launch()
+    command = [sys.executable, "-m", "kser", "worker", "benchmarks/worker_app.py:registry", "--topics", topic]
+    process = subprocess.Popen(
+        [*command, "--group", group, "--bootstrap-servers", bootstrap, "--log-level", "error"], cwd=ROOT
+    )
+    try:
+        transport = ConfluentTransport({"bootstrap.servers": bootstrap})
+        while not transport.admin().describe([events_topic(group)]):
+            time.sleep(0.2)
+        reader = transport.reader([events_topic(group)], start="beginning")
+        times, ended, limit = [], 0, time.monotonic() + _LIMIT_S
+        while ended < count and time.monotonic() < limit:
+            for event in read(reader.poll(0.2)):
+                times.append(event.at)
+                ended += event.type == EventType.OPERATION_ENDED
+        reader.close()
+    finally:
+        process.terminate()
+        process.wait(60)
+    assert ended == count
+    return len(times) / (max(times) - min(times)) * 1000, len(times)
+
+
+def from_broker(bootstrap, group, url, events, operations):
     """Events a second of Recorder.run(), from when it has stored its first batch."""
     storage = get_storage_from_url(url)
     storage.install()
@@ -117,16 +151,19 @@ def from_broker(bootstrap, group, url, count):
         while not (first := recorder.recorded) and time.monotonic() < limit:
             time.sleep(0.001)
         began = time.perf_counter()
-        while recorder.recorded < count and time.monotonic() < limit:
+        while recorder.recorded < events and time.monotonic() < limit:
             time.sleep(0.002)
         seconds = time.perf_counter() - began
+        rate = (recorder.recorded - first) / seconds
+        while storage.history.count_operations(states=["SUCCESS"]) != operations:  # what workers tell was counted too
+            assert time.monotonic() < limit, f"{recorder.recorded} recorded"
+            time.sleep(0.1)
     finally:
         recorder.stop()
         thread.join(30)
-    assert storage.history.count_operations(states=["SUCCESS"]) == count, f"{recorder.recorded} recorded"
     storage.uninstall()
     storage.close()
-    return (recorder.recorded - first) / seconds
+    return rate
 
 
 @contextlib.contextmanager
@@ -158,7 +195,13 @@ def main(kind, count):
             gc.freeze()
             show("one worker, no-op tasks, default events", rate, "events/s")
             for database, url in urls.items():
-                stored = from_broker(bootstrap, group, url, count)
+                stored = from_broker(bootstrap, group, url, count, count)
+                show(f"one recorder, {database}", stored, "events/s", f"{stored / rate:.2f} of the worker")
+            topic, group = make_topic(bootstrap), f"bench-{uuid.uuid4().hex[:8]}"
+            rate, events = chains(bootstrap, topic, group, count // 5)
+            show("one worker, operations, default events", rate, "events/s")
+            for database, url in urls.items():
+                stored = from_broker(bootstrap, group, url, events, count // 5)
                 show(f"one recorder, {database}", stored, "events/s", f"{stored / rate:.2f} of the worker")
 
 

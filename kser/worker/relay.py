@@ -52,6 +52,8 @@ _DELIVERY_S: Final = 15.0
 _OFFSETS_S: Final = 10.0
 #: For what is committed, when partitions come: a transaction that holds it is ended by then.
 _COMMITTED_S: Final = 30.0
+#: How long it may take to read what is committed before something is moved, in seconds.
+_VERIFY_S: Final = 5.0
 #: An abort, and the first call of a session that gets no answer.
 _ABORT_S: Final = 5.0
 #: What a batch under way still gets once the relay has to stop, in seconds; and the ends of its source and its sink.
@@ -350,9 +352,12 @@ class _Entry:
 class _Lane:
     """What is known of one partition."""
 
-    __slots__ = ("bytes", "entries", "expected", "gone", "lost", "paused", "recalled", "wake_ms")
+    __slots__ = ("bytes", "entries", "expected", "gone", "known", "lost", "paused", "recalled", "round", "wake_ms")
 
-    def __init__(self, gone: Iterable[int] = ()) -> None:
+    def __init__(self, gone: Iterable[int] = (), known: tuple[int, str] = (-1, "")) -> None:
+        #: What is committed of it, as far as this session knows: offset and metadata; in which round it was looked at.
+        self.known = known
+        self.round: object = None
         #: What waits, in the order of offsets, and how much that is.
         self.entries: deque[_Entry] = deque()
         self.bytes = 0
@@ -529,10 +534,9 @@ class Session:
     def on_assign(self, partitions: Sequence[Partition]) -> Sequence[Position]:
         """Begin at what is committed, else at the first record there is, whatever new groups do elsewhere."""
         source = self._joined()
-        starts = source.committed(partitions, _COMMITTED_S)
-        starts = [p if p.offset >= 0 else p._replace(offset=source.watermarks(p.of)[0]) for p in starts]
-        self._lanes.update({start.of: _Lane(_noted(start.offset, start.metadata)) for start in starts})
-        return starts
+        found = source.committed(partitions, _COMMITTED_S)
+        self._lanes.update({p.of: _Lane(_noted(p.offset, p.metadata), (p.offset, p.metadata)) for p in found})
+        return [p if p.offset >= 0 else p._replace(offset=source.watermarks(p.of)[0]) for p in found]
 
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
         """Forget them: no transaction is under way, and what is not moved the next owner moves."""
@@ -669,15 +673,34 @@ class Session:
         assert sink is not None
         if self._plan.exactly_once:
             positions, member = self._positions(batch), source.member()
+            self._verify(source, positions, member)
             transact = partial(_transact, sink, outs, positions, member)
             failure: Error | None = self._calls.call(transact, _MOVE_S, _STOPPING_S)
             if failure is None:
                 self._moved(batch, outs)
+                for position in positions:
+                    self._lanes[position.of].known = position.offset, position.metadata
             else:
                 self._again(failure, self._culprits(sending, outs, failure.extra.get("record", failure)))
             return
         failures = self._calls.call(partial(sink.deliver, outs, _DELIVERY_S), 2 * _DELIVERY_S, _STOPPING_S)
         self._confirmed(source, batch, sending, outs, failures)
+
+    def _verify(self, source: Source, positions: Sequence[Position], member: GroupMember) -> None:
+        """Exactly once, in each round of the group: raise TransportError when others have gone on with one of these.
+
+        As a worker looks before it settles: Kafka takes what a member commits of a partition that is not its own.
+        """
+        doubtful = [position.of for position in positions if self._lanes[position.of].round != member.round]
+        if not doubtful or not member.joined:  # who is in no group is refused
+            return
+        found = source.committed(doubtful, _VERIFY_S)
+        others = [p for p in found if (p.offset, p.metadata) != self._lanes[p.of].known]
+        if others:
+            where = ", ".join(f"{p.topic}[{p.partition}]" for p in others)
+            raise TransportError(f"others have gone on with {where}, and nothing of that is moved here")
+        for of in doubtful:
+            self._lanes[of].round = member.round
 
     def _out(self, entry: _Entry) -> OutRecord:
         plan, record, now = self._plan, entry.record, self._plan.clock.time_ms()

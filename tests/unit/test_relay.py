@@ -184,6 +184,25 @@ def real_lab(make_lab):
     return make_lab(clock=module.RealClock(), tiers=QUICK)
 
 
+def test_what_others_have_gone_on_with_is_not_moved(make_lab):
+    """KIP-848: for a moment two members may have one partition, and Kafka takes what both of them commit."""
+    lab = make_lab(partitions=1)
+    lab.delay(11_000)
+    session = lab.session()
+    lab.turn(session, until=lambda: session.held == 1)
+    (topic,) = (name for name in tier_topics(GROUP, lab.tiers) if lab.memory.records(name))
+    with lab.memory._cluster.changed:  # as if another relay had moved it
+        others = Position(topic, 0, 1, "")
+        lab.memory._cluster.group(session._plan.source_group).store(others, lab.memory._cluster.next_sequence())
+    with pytest.raises(TransportError, match="others have gone on with"):
+        lab.turn(session, until=lab.all_back)
+    session.close()
+    again = lab.session()
+    lab.delay(11_000)
+    lab.turn(again, until=lambda: len(lab.back()) == 1)
+    assert lab.back() == [b"1"]
+
+
 # -- aborts ------------------------------------------------------------------------------------------------------------
 
 
@@ -415,8 +434,9 @@ def test_relays_that_come_and_go_move_every_record_once(make_lab, exactly_once):
     lab.check_once(late_ms=2500)  # what a rebalance holds up, with four of them that take turns in a thread
 
 
-def test_a_member_that_was_put_out_moves_nothing_of_what_it_held(lab):
-    """It did not poll for so long that another has its partitions: its transaction is refused, not doubled."""
+@pytest.mark.parametrize("looked", [False, True])
+def test_a_member_that_was_put_out_moves_nothing_of_what_it_held(lab, looked):
+    """It did not poll for so long that another has its partitions: it sees that, or its transaction is refused."""
     for _ in range(50):
         lab.delay(10_000)
     slow, other = lab.session("slow"), lab.session("other")
@@ -425,8 +445,16 @@ def test_a_member_that_was_put_out_moves_nothing_of_what_it_held(lab):
     lab.turn(other, until=lab.all_back)
     batch = slow._due()
     assert len(batch) == 50
-    slow._move(slow._source, batch)
-    assert slow._failures == 1
+    if looked:  # just before
+        for lane in slow._lanes.values():
+            lane.round = slow._source.member().round
+        slow._move(slow._source, batch)
+        assert slow._failures == 1
+    else:
+        with pytest.raises(TransportError, match="others have gone on"):
+            slow._move(slow._source, batch)
+        slow.close()
+        slow = lab.session("slow")
     for _ in range(20):
         slow.turn()
         other.turn()
