@@ -15,11 +15,11 @@ pytestmark = [pytest.mark.apache, pytest.mark.chaos]
 AFTER = 9
 
 
-def at(point, kafka, logs, *, delivery="exactly_once", protocol="classic", named=True):
+def at(point, kafka, logs, *, delivery="exactly_once", protocol="classic", named=True, after=AFTER):
     """Killed at ``point``; the next life of the worker finishes."""
     with Stage(kafka, logs, delivery=delivery, protocol=protocol, named=named) as stage:
         stage.launch()
-        stage.start(point, AFTER)
+        stage.start(point, after)
         stage.wait_killed()
         stage.start()
         stage.wait_done()
@@ -34,17 +34,6 @@ def on_assign(kafka, logs, *, delivery):
         stage.start(first, AFTER)
         stage.wait_killed()
         stage.start("after reading committed")
-        stage.wait_killed()
-        stage.start()
-        stage.wait_done()
-        stage.check()
-
-
-def noting(point, kafka, logs, *, delivery):
-    """Killed at the first record it takes, before any is run or just as one may be."""
-    with Stage(kafka, logs, delivery=delivery) as stage:
-        stage.launch()
-        stage.start(point, 1)
         stage.wait_killed()
         stage.start()
         stage.wait_done()
@@ -103,8 +92,8 @@ SCENARIOS = {
     },
     "exactly once, on assign": partial(on_assign, delivery="exactly_once"),
     "at least once, on assign": partial(on_assign, delivery="at_least_once"),
-    **{f"exactly once, {point}": partial(noting, point, delivery="exactly_once") for point in NOTING},
-    **{f"at least once, {point}": partial(noting, point, delivery="at_least_once") for point in NOTING},
+    **{f"exactly once, {point}": partial(at, point, after=1) for point in NOTING},
+    **{f"at least once, {point}": partial(at, point, delivery="at_least_once", after=1) for point in NOTING},
     **{f"exactly once, {point}": partial(letting_go, point, delivery="exactly_once") for point in LETTING_GO},
     **{f"at least once, {point}": partial(letting_go, point, delivery="at_least_once") for point in LETTING_GO},
     "exactly once, one after the other": at_each_in_turn,
