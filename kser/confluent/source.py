@@ -277,8 +277,7 @@ class ConfluentSource:
         try:
             if self._touch:
                 self._step_out(min(_STEP_OUT_S, timeout_s / 2))
-            else:
-                self._aside.call(self._consumer.close, max(end - time.monotonic(), 0.1))
+            self._aside.call(self._consumer.close, max(end - time.monotonic(), 0.1))
         except TimeoutError:
             logger.warning("The consumer of group %s took over %g s to leave and is left behind", self.group, timeout_s)
         except (KafkaException, RuntimeError) as exc:
@@ -287,22 +286,29 @@ class ConfluentSource:
         self._raise_failure()
 
     def _step_out(self, timeout_s: float) -> None:
-        """Leave the group and drop the client, instead of closing it: on the embedded broker.
+        """Give up all partitions, so that close() meets no round of the group.
 
-        confluent-kafka holds Python's lock while it completes a round of the group, and inside close() librdkafka may
-        never answer it (librdkafka#4041). Seen with the quick groups of the embedded broker only, when a member that
-        has just joined leaves. Elsewhere a static member would leave the group by this, and its partitions would move.
+        confluent-kafka holds Python's lock while it completes one, and inside close() librdkafka may never answer it
+        (librdkafka#4041). Seen with the quick groups of the embedded broker only, most often when a member that is just
+        about to join leaves. Elsewhere a static member would leave the group by this, and its partitions would move.
         """
         end = time.monotonic() + timeout_s
+        if self._topics:
+            join_by = time.monotonic() + timeout_s / 2
+            while not self._is_in() and time.monotonic() < join_by:
+                self._consumer.poll(_STEP_S)
+            self._consumer.poll(_STEP_S)  # the round in which it joined
         self._aside.call(self._consumer.unsubscribe, timeout_s)
         while True:
-            # Once at least: what was just about to be assigned is a round too, behind which the group is left.
             self._consumer.poll(_STEP_S)
             if not self._consumer.assignment() or time.monotonic() >= end:
-                break
-        client = [self._consumer]
-        del self._consumer
-        self._aside.call(client.clear, timeout_s)
+                return
+
+    def _is_in(self) -> bool:
+        try:
+            return bool(self._membership()[1])
+        except TransportError:
+            return True  # its client is of no use any more
 
     # -- records -------------------------------------------------------------------------------------------------------
 

@@ -1066,7 +1066,7 @@ for _ in range(60):
 
 
 def test_a_member_that_leaves_just_as_partitions_come_does_not_hang():
-    """In a process of its own: it hung with Python's lock in its hands (one in twenty, before source._step_out())."""
+    """In a process of its own: it hung with Python's lock in its hands (one time in twenty)."""
     command = [sys.executable, "-c", LEAVING_AT_ONCE]
     ended = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=90, check=False)
     assert ended.returncode == 0, ended.stderr
