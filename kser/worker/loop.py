@@ -396,7 +396,8 @@ class Loop:
             ) from exc
         self._joined_again = now
         logger.warning("Joining the group once more: %s", exc.message)
-        self.source.close(5)
+        with contextlib.suppress(_DeclinedError):  # asked to stop meanwhile: that is for run() to see
+            self.source.close(5)
         self.source = self._new_source()
         self._storing = set()  # of partitions that are gone; the client that was asked may never answer
         self.source.subscribe(self.worker.topics, self)
