@@ -1126,6 +1126,42 @@ def test_a_static_member_that_is_fenced_joins_once_more_and_then_is_a_twin(regis
     assert "took over the name w" in one.error.message
 
 
+def test_a_member_that_is_asked_to_stop_while_it_joins_once_more_ends_well(registry, transport):
+    """A round that came with the stop was declined, and the client was fenced before poll() could say so."""
+    made = []
+
+    class Fenced(Through):
+        fenced = False
+
+        def poll(self, timeout_s, max_records=500):
+            if self.fenced:
+                one.worker.stop()
+                raise GroupError("Another worker took over the name w")
+            return self._sink.poll(timeout_s, max_records)
+
+        def close(self, timeout_s=10):
+            self._sink.close(timeout_s)
+            if self.fenced:
+                raise loop._DeclinedError("Partitions that came are not taken over")
+
+    class Transport(Wrapped):
+        def source(self, group, **options):
+            made.append(Fenced(self._transport.source(group, **options)))
+            return made[-1]
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            pass
+
+    one = Running(registry, Transport(transport, lambda sink, _: sink), name="w")
+    wait_for(lambda: one.worker.status().partitions == 2)
+    made[0].fenced = True
+    wait_for(lambda: not one.thread.is_alive())
+    assert one.error is None
+    assert len(made) == 2
+
+
 def test_a_quiet_partition_with_more_in_it_is_fetched_anew_once(registry, transport, monkeypatch):
     monkeypatch.setattr(loop, "_KICK_S", 0.05)
     sought = []
