@@ -69,36 +69,32 @@ class BulkInsert:
     """
 
     def __init__(self, table: Table, names: Sequence[str], dialect: str) -> None:
-        self._names = names
-        self._copy: _Copy | None = None
-        self._values: _Values | None = None
+        self._driver: _Copy | _Values
         if dialect == postgresql.dialect.name:
-            self._copy = _Copy(table, names)
+            self._driver = _Copy(table, names)
             given = _recordset(table, names)
             new = postgresql.insert(table).from_select(list(names), select(*(given.c[name] for name in names)))
             self._json = new.on_conflict_do_nothing()
         else:
             columns = ", ".join(map(_QUOTE, names))
             head = f"INSERT INTO {_QUOTE(table.name)} ({columns}) VALUES "  # noqa: S608 - names of the schema
-            self._values = _Values(table, names, head, " ON CONFLICT DO NOTHING")
+            self._driver = _Values(table, names, head, " ON CONFLICT DO NOTHING")
 
     def pack(self, columns: Sequence[list[Any]]) -> Packed:
         """Rows as the driver takes them, from the values of each column: work for which no connection is needed."""
-        packer = self._copy or self._values
-        assert packer is not None
-        return packer.pack(columns)
+        return self._driver.pack(columns)
 
     def all_or_none(self, connection: Connection, packed: Packed) -> bool:
         """Insert them if none is there, where that is quicker than to look; False: none was made."""
-        return self._copy is not None and self._copy.execute(connection, packed)
+        return isinstance(self._driver, _Copy) and self._driver.execute(connection, packed)
 
     def __call__(self, connection: Connection, packed: Packed, rows: Callable[[], Rows]) -> int:
         """Insert them; how many were made. ``rows``: makes the same rows again, which is seldom needed."""
         if not packed:
             return 0
-        if self._values is not None:
-            return self._values.execute(connection, packed)
-        if self.all_or_none(connection, packed):
+        if isinstance(self._driver, _Values):
+            return self._driver.execute(connection, packed)
+        if self._driver.execute(connection, packed):
             return len(packed)
         return _execute(connection, self._json, rows())
 

@@ -56,6 +56,8 @@ class Batch(NamedTuple):
     progress: list[ProgressTold]
     logs: list[LogTold]
     workers: list[WorkerTold]
+    #: What is told of operations and tasks.
+    about: list[Told]
     #: By its uuid the row of everything that is told of, as it is when there was none before.
     rows: dict[str, dict[str, Any]]
     #: Their uuids: of operations around what is told of, and of all else; in the order in which rows are made.
@@ -64,11 +66,6 @@ class Batch(NamedTuple):
     #: The same rows, and those of the events, as the driver takes them.
     packed: dict[str, Any]
     packed_events: Packed
-
-    @property
-    def about(self) -> list[Told]:
-        """What is told of operations and tasks."""
-        return [*self.events, *(told.about for told in self.progress), *(told.about for told in self.logs)]
 
 
 class Projection:
@@ -128,16 +125,22 @@ class Projection:
             told = parse(record, self._cluster)
             if told is not None:
                 lists[type(told)].append(told)
-        rows: dict[str, dict[str, Any]] = {}
-        batch = Batch(events, progress, logs, workers, rows, [], [], {}, self._insert_events.pack(_columns(events)))
-        about = batch.about
-        self._add_rows(rows, events, about)
+        about = [*events, *(told.about for told in progress), *(told.about for told in logs)]
+        rows = self._rows(events, about)
         roots = {told.root for told in about if told.root is not None}
-        batch.roots.extend(sorted(roots))
-        batch.rest.extend(sorted(rows.keys() - roots))
         packed = self._insert_builds.pack(columns_of(list(rows.values()), _BUILD))
-        batch.packed.update(zip(rows, packed, strict=True))
-        return batch
+        return Batch(
+            events,
+            progress,
+            logs,
+            workers,
+            about,
+            rows,
+            sorted(roots),
+            sorted(rows.keys() - roots),
+            dict(zip(rows, packed, strict=True)),
+            self._insert_events.pack(_columns(events)),
+        )
 
     def apply(self, records: Sequence[Record], *, prepared: Batch | None = None, pass_over: bool = False) -> int:
         """Store these records, those of partitions that positions() was asked for; how many of them were new.
@@ -244,14 +247,15 @@ class Projection:
                 raise StaleError(f"{partition.topic}[{partition.partition}] is not at {expected} any more")
 
     def _store(self, connection: Connection, batch: Batch) -> None:
-        about = batch.about
-        if about:
+        if batch.about:
             made, old = self._make_builds(connection, batch)
             self._add_events(connection, batch)
             self._refold(connection, self._changed(connection, batch.events, made, old))
             # Where all that was told of was made here, it was true before it was stored.
             roots = {
-                told.root for told in about if told.root is not None and not made.issuperset((told.root, told.uuid))
+                told.root
+                for told in batch.about
+                if told.root is not None and not made.issuperset((told.root, told.uuid))
             }
             self._settle_roots(connection, sorted(roots))
             shown = [told.about for told in batch.progress] + [told.about for told in batch.logs]
@@ -279,7 +283,9 @@ class Projection:
         self._new_before = not old
         return all_made, old
 
-    def _add_rows(self, rows: dict[str, dict[str, Any]], events: Sequence[Told], about: Sequence[Told]) -> None:
+    def _rows(self, events: Sequence[Told], about: Sequence[Told]) -> dict[str, dict[str, Any]]:
+        """By its uuid the row of each of these, as it is when there was none before."""
+        rows: dict[str, dict[str, Any]] = {}
         for uuid, own in _by_uuid(events).items():
             if (values := fold(own)) is not None:
                 _dump(values)
@@ -299,6 +305,7 @@ class Projection:
             for root, steps in within.items():
                 if root in rows:
                     begin_and_end(rows[root], steps, told_of_itself=(root, rows[root]["run"]) in own_runs)
+        return rows
 
     def _make_rows(self, connection: Connection, batch: Batch, uuids: Sequence[str]) -> set[str]:
         """Make those of these rows that are not there; the uuids of which it is known that they were made here."""

@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "chaos: faults under load on a real broker; takes a while")
 
 
-def names(scenarios: dict[str, Scenario], long: Iterable[str]) -> list[Any]:
+def names(scenarios: dict[str, Scenario], long: Iterable[str] = ()) -> list[Any]:
     """For parametrize: the names of all, those of ``long`` marked so."""
     return [pytest.param(name, marks=pytest.mark.long) if name in long else name for name in scenarios]
 

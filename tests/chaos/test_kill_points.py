@@ -102,6 +102,6 @@ SCENARIOS = {
 }
 
 
-@pytest.mark.parametrize("scenario", names(SCENARIOS, ()))
+@pytest.mark.parametrize("scenario", names(SCENARIOS))
 def test_nothing_is_lost_or_doubled_when_the_worker_is_killed(ensemble, scenario):
     ensemble.result(scenario)

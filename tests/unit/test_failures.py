@@ -602,13 +602,9 @@ def test_what_the_next_crash_would_make_suspects_is_taken_a_slice_at_a_time(regi
     for n in range(count):
         raw = step(params={"n": n}).to_Message().to_bytes()
         transport.sink().produce(OutRecord(TOPIC, b"%d" % n, raw, partition=0))
-    source = transport.source(GROUP)
-    join(source)
     done = range(3 * SLICE, 5 * SLICE)  # by an owner before: a slice in which nothing is left to run
     unfinished = [n for n in range(count) if n not in done]
-    metadata = encode("i", 0, count, unfinished, None, [(count - 10, 2)], open_=True, reach=SLICE)
-    source.commit([Position(TOPIC, 0, 0, metadata)])
-    source.close()
+    leave(transport, encode("i", 0, count, unfinished, None, [(count - 10, 2)], open_=True, reach=SLICE))
     one = start()
     wait_for(lambda: committed(transport) == count)
     assert one.worker.stats["suspects"] == SLICE
@@ -641,10 +637,7 @@ def test_what_the_next_crash_would_make_suspects_goes_on_behind_a_long_transacti
     sink.abort(5)
     for n in (1, 2):
         transport.sink().produce(send(n))
-    source = transport.source(GROUP)
-    join(source)
-    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1000, 1)], open_=True))])
-    source.close()
+    leave(transport, encode("i", 0, 0, (), None, [(1000, 1)], open_=True))
     start()
     wait_for(lambda: ran == [0, 1, 2])
 
@@ -677,10 +670,7 @@ def test_what_the_next_crash_would_make_suspects_does_not_wait_for_what_others_w
     for n in range(4 * SLICE):
         raw = Quick(params={"n": n}).to_Message().to_bytes()
         transport.sink().produce(OutRecord(TOPIC, b"q%d" % n, raw, partition=0))
-    source = transport.source(GROUP)
-    join(source)
-    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1000, 1)], open_=True))])
-    source.close()
+    leave(transport, encode("i", 0, 0, (), None, [(1000, 1)], open_=True))
     start()
     wait_for(lambda: len(ran) == 4 * SLICE)
     go.set()
@@ -696,11 +686,7 @@ def test_what_was_running_at_three_crashes_runs_apart_and_what_is_finished_is_fo
     for n in range(3):
         raw = step(params={"n": n}).to_Message().to_bytes()
         transport.sink().produce(OutRecord(TOPIC, b"%d" % n, raw, partition=0))
-    source = transport.source(GROUP)
-    metadata = encode("i", 0, 0, (), None, [(2, 2), (3, 1)], open_=True)
-    join(source)
-    source.commit([Position(TOPIC, 0, 0, metadata)])
-    source.close()
+    leave(transport, encode("i", 0, 0, (), None, [(2, 2), (3, 1)], open_=True))
     one = start()
     wait_for(lambda: committed(transport) == 3)
     assert sorted(n for n, _ in ran) == [0, 1, 2]
@@ -710,6 +696,14 @@ def test_what_was_running_at_three_crashes_runs_apart_and_what_is_finished_is_fo
     one.stop()
     (position,) = stored(transport)
     assert decode(position.offset, position.metadata).crashes == []
+
+
+def leave(transport, metadata):
+    """An owner of the first partition that has committed this at its beginning, and is gone."""
+    source = transport.source(GROUP)
+    join(source)
+    source.commit([Position(TOPIC, 0, 0, metadata)])
+    source.close()
 
 
 def join(source):
@@ -1252,10 +1246,7 @@ def test_what_nobody_here_knows_is_no_suspect_that_a_child_process_could_run(reg
     """An unknown message behind what crashed three workers: it waits, and the worker goes on."""
     raw = Message("u", "of.nobody").to_bytes()
     transport.sink().produce(OutRecord(TOPIC, b"k", raw, partition=0))
-    source = transport.source(GROUP)
-    join(source)
-    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1, SUSPECT_AFTER)]))])
-    source.close()
+    leave(transport, encode("i", 0, 0, (), None, [(1, SUSPECT_AFTER)]))
     one = start(isolated=1, location="tests.apps.failing:registry")
     wait_for(lambda: one.worker.stats["waiting"] == 1)
     assert one.worker.stats["suspects"] == 1
@@ -1274,10 +1265,7 @@ def test_a_suspect_stays_one_on_its_way_through_a_tier(registry, transport, star
 
     raw = Flaky().to_Message().to_bytes()
     transport.sink().produce(OutRecord(TOPIC, b"k", raw, partition=0))
-    source = transport.source(GROUP)
-    join(source)
-    source.commit([Position(TOPIC, 0, 0, encode("i", 0, 0, (), None, [(1, SUSPECT_AFTER)]))])
-    source.close()
+    leave(transport, encode("i", 0, 0, (), None, [(1, SUSPECT_AFTER)]))
     one = start()
     wait_for(lambda: transport.records(f"{GROUP}.retry.1m"))
     (record,) = transport.records(f"{GROUP}.retry.1m")
