@@ -14,7 +14,7 @@ from kser.confluent.producer import Producer
 from tests.needs import need
 from tests.processes import new_topic, views, wait_for, worker
 
-pytestmark = [pytest.mark.apache, pytest.mark.timeout(600)]  # the first run makes the environment
+pytestmark = [pytest.mark.apache, pytest.mark.timeout(300)]  # the first run makes the environment
 
 CACHE = Path(os.environ.get("KSER_ORIGINAL_CACHE") or Path.home() / ".cache" / "kser" / "original-0.8.27")
 WANTED = ["kser==0.8.27", "confluent-kafka", "kafka-python", "marshmallow<4"]
