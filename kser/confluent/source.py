@@ -273,11 +273,8 @@ class ConfluentSource:
             self._guarded(listener.on_revoke, owned)
         self._closed = True
         self._next.clear()
-        end = time.monotonic() + timeout_s
         try:
-            if self._touch:
-                self._step_out(min(_STEP_OUT_S, timeout_s / 2))
-            self._aside.call(self._consumer.close, max(end - time.monotonic(), 0.1))
+            self._leave(self._consumer, self._aside, timeout_s, join=bool(self._topics))
         except TimeoutError:
             logger.warning("The consumer of group %s took over %g s to leave and is left behind", self.group, timeout_s)
         except (KafkaException, RuntimeError) as exc:
@@ -285,23 +282,31 @@ class ConfluentSource:
         self._aside.close()
         self._raise_failure()
 
-    def _step_out(self, timeout_s: float) -> None:
+    def _leave(self, consumer: Consumer, aside: Aside, timeout_s: float, *, join: bool = False) -> None:
+        """Close a client, which leaves the group by that. Raises TimeoutError, and what the client raises."""
+        end = time.monotonic() + timeout_s
+        if self._touch:
+            self._step_out(consumer, aside, min(_STEP_OUT_S, timeout_s / 2), join=join)
+        aside.call(consumer.close, max(end - time.monotonic(), 0.1))
+
+    def _step_out(self, consumer: Consumer, aside: Aside, timeout_s: float, *, join: bool) -> None:
         """Give up all partitions, so that close() meets no round of the group.
 
         confluent-kafka holds Python's lock while it completes one, and inside close() librdkafka may never answer it
         (librdkafka#4041). Seen with the quick groups of the embedded broker only, most often when a member that is just
-        about to join leaves. Elsewhere a static member would leave the group by this, and its partitions would move.
+        about to join leaves, so one that is to ``join`` does so first. Elsewhere a static member would leave the group
+        by this, and its partitions would move.
         """
         end = time.monotonic() + timeout_s
-        if self._topics:
+        if join:
             join_by = time.monotonic() + timeout_s / 2
             while not self._is_in() and time.monotonic() < join_by:
-                self._consumer.poll(_STEP_S)
-            self._consumer.poll(_STEP_S)  # the round in which it joined
-        self._aside.call(self._consumer.unsubscribe, timeout_s)
+                consumer.poll(_STEP_S)
+            consumer.poll(_STEP_S)  # the round in which it joined
+        aside.call(consumer.unsubscribe, timeout_s)
         while True:
-            self._consumer.poll(_STEP_S)
-            if not self._consumer.assignment() or time.monotonic() >= end:
+            consumer.poll(_STEP_S)
+            if not consumer.assignment() or time.monotonic() >= end:
                 return
 
     def _is_in(self) -> bool:
@@ -476,7 +481,7 @@ class ConfluentSource:
         held.again_at = None
         refused, self._consumer = self._consumer, self._new_consumer()
         try:
-            Aside().call(refused.close, _NAME_CLOSE_S)
+            self._leave(refused, Aside(), _NAME_CLOSE_S)
         except (TimeoutError, KafkaException, RuntimeError) as exc:
             logger.info("Closing a consumer of group %s that did not join: %s", self.group, exc)
         self._subscribe()
@@ -504,7 +509,7 @@ class ConfluentSource:
             _tell(committing.popleft(), gone)
         left, self._consumer = self._consumer, self._new_consumer()
         try:
-            Aside().call(left.close, _LEAVE_S)
+            self._leave(left, Aside(), _LEAVE_S)
         except TimeoutError:
             logger.warning("The consumer of group %s took over %g s to leave and is left behind", self.group, _LEAVE_S)
         except (KafkaException, RuntimeError) as exc:

@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +28,7 @@ from kser.errors import (
 )
 from kser.testing import eventually
 from kser.transport import OutRecord, Partition, Position, Record, Source, TopicSpec, Transport
+from tests.apache_kafka import free_ports
 from tests.brokers import make_topic, unique
 from tests.processes import environment
 
@@ -126,18 +126,12 @@ def everything(transport: Transport, *topics: str) -> list[bytes | None]:
     return [record.value for record in found]
 
 
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 # -- nobody there ------------------------------------------------------------------------------------------------------
 
 
 def test_without_a_broker_a_sink_is_made_and_what_it_could_not_send_is_given_up_in_time(caplog):
     """And three seconds of a dead broker are a few lines in the log."""
-    transport = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{unused_port()}"})
+    transport = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{free_ports(1, None)[0]}"})
     sink, told = transport.sink(), []
     started = time.monotonic()
     sink.produce(OutRecord("t", b"k", b"v"), told.append)
@@ -156,7 +150,7 @@ def test_without_a_broker_a_sink_is_made_and_what_it_could_not_send_is_given_up_
 
 
 def test_without_a_broker_questions_end_in_time_and_name_the_address():
-    address = f"127.0.0.1:{unused_port()}"
+    address = f"127.0.0.1:{free_ports(1, None)[0]}"
     transport = ConfluentTransport({"bootstrap.servers": address})
     for ask in (transport.admin().cluster_id, lambda s: transport.admin().describe(["t"], s)):
         started = time.monotonic()
@@ -167,7 +161,7 @@ def test_without_a_broker_questions_end_in_time_and_name_the_address():
 
 
 def test_without_a_broker_a_source_waits_and_leaves_in_time():
-    source = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{unused_port()}"}).source("g")
+    source = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{free_ports(1, None)[0]}"}).source("g")
     source.subscribe(["t"], Listener())
     assert source.poll(0.5) == []
     assert source.assignment() == []
@@ -364,7 +358,7 @@ def test_deliver_gives_up_what_the_broker_does_not_answer_and_the_next_one_is_no
 
 
 def test_deliver_without_a_broker_gives_all_up_in_time(opened: ExitStack):
-    sink = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{unused_port()}"}).sink(failures_only=True)
+    sink = ConfluentTransport({"bootstrap.servers": f"127.0.0.1:{free_ports(1, None)[0]}"}).sink(failures_only=True)
     opened.callback(lambda: sink.close(1))
     started = time.monotonic()
     failures = sink.deliver(batch("t", *(b"%d" % n for n in range(100))), 1)

@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import os
-import socket
 import threading
 import time
 import uuid
@@ -19,15 +18,14 @@ from kser.confluent.transport import ConfluentTransport
 from kser.python_kafka.producer import Producer as KafkaPythonProducer
 from kser.testing import eventually
 from kser.transport import TopicSpec
+from tests.apache_kafka import free_ports
 from tests.brokers import make_topic, unique
 from tests.processes import new_topic, records
 
 
 def closed_port() -> str:
     """An address where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    return f"127.0.0.1:{free_ports(1, None)[0]}"
 
 
 def message(**params) -> Message:

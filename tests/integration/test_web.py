@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -18,6 +17,7 @@ import urllib3
 from kser.confluent.embedded import EmbeddedBroker
 from kser.http.producer import Producer
 from kser.schemas import Message
+from tests.apache_kafka import free_ports
 from tests.processes import DICE, ROOT, environment, process, wait_for, worker
 
 pytestmark = pytest.mark.timeout(90)
@@ -38,12 +38,6 @@ APP = """
         def build_tasks(self, **params):
             return [Charge(), Charge()]
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Api:
@@ -75,7 +69,7 @@ class Api:
 
 @contextlib.contextmanager
 def web(broker, tmp_path, *options, **variables):
-    port = free_port()
+    port = free_ports(1, None)[0]
     command = ("-m", "kser", "web", "--port", str(port), "--bootstrap-servers", broker.bootstrap_servers, *options)
     with process(*command, log=tmp_path / "web.log", **variables) as child:
         yield child, port
@@ -150,7 +144,7 @@ def test_what_kser_web_refuses_is_told_in_one_line(embedded, options, told):
 
 @contextlib.contextmanager
 def dev(folder, *options):
-    port, log = free_port(), folder / "dev.log"
+    port, log = free_ports(1, None)[0], folder / "dev.log"
     with log.open("ab") as out:
         child = subprocess.Popen(
             [sys.executable, "-m", "kser", "dev", "app.py", "--port", str(port), *options],

@@ -1,10 +1,10 @@
 """``kser worker``: what its options become, how it starts, stops and fails; with processes, on the embedded broker."""
 
+import contextlib
 import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import uuid
@@ -21,6 +21,7 @@ from kser.confluent.producer import Producer
 from kser.errors import FencedError
 from kser.transport.memory import MemoryTransport
 from kser.worker.slots import take_slot
+from tests.apache_kafka import PortTakenError, free_ports
 from tests.brokers import has_ended
 from tests.processes import DICE, ROOT, environment, ready, wait_for
 
@@ -299,21 +300,17 @@ def start(place, start_python):
     return go
 
 
-def free_ports():
+def two_ports():
     """The first of two free ports in a row."""
     while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            try:
-                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
-            except OSError:
-                continue
-            return one.getsockname()[1]
+        port = free_ports(1, None)[0]
+        with contextlib.suppress(PortTakenError):
+            return free_ports(2, port)[0]
 
 
 def test_processes_share_the_group_and_drain_though_a_signal_reaches_all_of_them(place, start):
     """As when systemd stops a unit: each process gets SIGTERM, and the parent passes its own on."""
-    port = free_ports()
+    port = two_ports()
     parent = start("--processes", 2, "--name", "w", "--health", port, "--drain", 20)
     shares = [
         place.until(lambda n=n: (said := ready(port + n)) and said["partitions"] and said, f"worker {n} to be ready")
@@ -358,7 +355,7 @@ print("over")
 
 def test_a_worker_in_python_has_processes_as_well(place, start_python, tmp_path):
     """The program has no `if __name__ == "__main__":`, so its processes come to run() as well."""
-    port = free_ports()
+    port = two_ports()
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     parent = start_python(program, place.topic, place.group, place.servers, port)

@@ -17,6 +17,7 @@ from kser.transport import TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker import health
 from kser.worker.health import HealthServer, HealthStatus, RunningTask
+from tests.apache_kafka import free_ports
 from tests.unit.test_worker import TOPIC, Running, wait_for
 
 
@@ -152,9 +153,7 @@ def test_a_worker_tells_what_it_runs_and_when_it_is_full(coroutine):
             self.heartbeat()
             await asyncio.to_thread(go.wait, 20)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_ports(1, None)[0]
     one = Running(registry, transport, concurrency=1 + coroutine, coroutines=1, health_port=port)
     wait_for(lambda: one.worker.status().partitions == 1)
     wait_for(lambda: get(port, "/readyz")[0] == 200)
