@@ -6,7 +6,7 @@ a row is made out before, by pack(), while another thread waits for the database
 """
 
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import chain
 from typing import Any, Final
@@ -20,6 +20,7 @@ from sqlalchemy import (
     CursorResult,
     Executable,
     Integer,
+    Select,
     Table,
     Text,
     bindparam,
@@ -34,7 +35,7 @@ from sqlalchemy.exc import DBAPIError
 
 from kser.storage.schema import UtcTime
 
-__all__ = ["BulkInsert", "BulkUpdate", "Packed", "among", "columns_of"]
+__all__ = ["BulkInsert", "BulkUpdate", "Packed", "all_rows", "among", "columns_of", "to_time"]
 
 Rows = Sequence[dict[str, Any]]
 #: What BulkInsert.pack() makes, a row each.
@@ -55,6 +56,25 @@ def among(connection: Connection, of: ColumnElement[Any], values: Sequence[str])
         return of == func.any(bindparam(None, list(values), type_=postgresql.ARRAY(Text)))
     given = bindparam(None, orjson.dumps(values).decode(), type_=Text)
     return of.in_(select(func.json_each(given).table_valued("value").c.value))
+
+
+def all_rows(connection: Connection, query: Select[Any]) -> Sequence[Sequence[Any]]:
+    """All rows of a query at once, with the values as the driver gives them; see to_time() for times.
+
+    From sqlite they come as one JSON text: its driver gives Python's lock away at each row, and waits for it while
+    another thread is busy.
+    """
+    if _is_postgresql(connection):
+        return connection.execute(query).all()
+    rows = query.subquery()
+    text = connection.execute(select(func.json_group_array(func.json_array(*rows.c)))).scalar_one()
+    found: list[list[Any]] = orjson.loads(text)
+    return found
+
+
+def to_time(value: str | datetime | None) -> datetime | None:
+    """What a column of times has in a row of all_rows()."""
+    return datetime.fromisoformat(value).replace(tzinfo=UTC) if isinstance(value, str) else value
 
 
 class BulkInsert:

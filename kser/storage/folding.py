@@ -14,7 +14,7 @@ from kser.status import Status
 from kser.storage.records import Told
 from kser.storage.values import clean_text, from_ms, one_line
 
-__all__ = ["ENDED_WITH_OPERATION", "FOLDED", "begin_and_end", "fold"]
+__all__ = ["ENDED_WITH_OPERATION", "ENDS", "FOLDED", "begin_and_end", "fold"]
 
 _FINAL = {str(status): status for status in Status if status.final}
 _OUTCOME = ("retcode", "stdout", "stderr", "retval", "error", "exception", "exception_tb")
@@ -36,7 +36,8 @@ ENDED_WITH_OPERATION = {
 
 _NO_OUTCOME = dict.fromkeys(_OUTCOME)
 _EPOCH = datetime.fromtimestamp(0, UTC)
-_ENDS = frozenset({"step.done", "step.failed", "step.aborted", "operation.ended", "message.rejected"})
+#: What ends an operation or task in its run.
+ENDS = frozenset({"step.done", "step.failed", "step.aborted", "operation.ended", "message.rejected"})
 _OF_OPERATIONS = frozenset({"operation.started", "operation.ended"})
 _STARTS = frozenset({"operation.started", "task.started"})
 #: Order within one attempt.
@@ -56,7 +57,7 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
 
     JSON columns are given as values. Which is not in there stays as it is.
     """
-    counted = [event for event in events if event.type in _ENDS or event.type in _STEPS]
+    counted = [event for event in events if event.type in ENDS or event.type in _STEPS]
     if not counted:
         return None
     last = counted[0]
@@ -73,8 +74,8 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
         kind = _kind(counted, last)
         entrypoint = last.entrypoint or _before(counted, "entrypoint") or ""
         parent, params = last.parent or _before(counted, "parent"), _params(counted)
-        started_ms = _started_ms(counted, current, last, ended=last.type in _ENDS)
-    ended, status, data = last.type in _ENDS, _status(last), last.data
+        started_ms = _started_ms(counted, current, last, ended=last.type in ENDS)
+    ended, status, data = last.type in ENDS, _status(last), last.data
     note = data.get("note")
     created_ms = last.at_ms if len(events) == 1 else min(event.at_ms for event in events)
     start_time = from_ms(started_ms)
@@ -142,7 +143,7 @@ def _before(counted: Sequence[Told], field: str) -> str | None:
 
 
 def _decisive(current: Sequence[Told]) -> Told:
-    ends = [event for event in current if event.type in _ENDS]
+    ends = [event for event in current if event.type in ENDS]
     if ends:
         return min(ends, key=lambda event: (event.place, event.identity))
     return max(current, key=lambda event: (event.attempt, _STEPS[event.type], event.place, event.identity))

@@ -5,6 +5,7 @@ A batch is one SQL transaction. What its records say by themselves is made out b
 1. The offsets are moved on, if they still are where this process left them. Are they not, another recorder has moved
    them: nothing is stored, and this one looks where to go on (StaleError).
 2. A row of the table build is made or locked for everything the batch tells of, and for the operations around it.
+   What this process knows to be there is not made out anew: of operations that go on side by side that is most.
 3. The events go into the timeline. A repetition of one that is there is dropped.
 4. Each row that was there is computed anew from all events of its uuid (kser.storage.folding), whatever their order.
 5. What an operation says of its steps is made true: it began when its first step did, and none of its steps goes on
@@ -21,9 +22,9 @@ from sqlalchemy.orm import aliased
 
 from kser.progress import SEPARATOR
 from kser.status import Status
-from kser.storage.bulk import BulkInsert, BulkUpdate, Packed, among, columns_of
+from kser.storage.bulk import BulkInsert, BulkUpdate, Packed, all_rows, among, columns_of, to_time
 from kser.storage.database import Database, insert, need_not_last, number_in_order
-from kser.storage.folding import ENDED_WITH_OPERATION, FOLDED, begin_and_end, fold
+from kser.storage.folding import ENDED_WITH_OPERATION, ENDS, FOLDED, begin_and_end, fold
 from kser.storage.history import worker_state
 from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, name_of_root, of_root, parse, stored
 from kser.storage.schema import Tables
@@ -32,6 +33,7 @@ from kser.transport import Partition, Record
 
 __all__ = ["Batch", "Projection", "StaleError"]
 
+_RUNNING = str(Status.RUNNING)
 #: Columns of JSON among those that fold() gives.
 _JSON = ("params", "retval", "exception", "exception_tb")
 #: Columns of a new row of the table build.
@@ -41,12 +43,32 @@ _EVENT = (
     *("identity", "type", "uuid", "root", "run", "position", "attempt", "phase", "worker", "data"),
     *("cluster", "topic", "partition", "offset"),
 )
+#: How many rows that are there are known of, so that they are not made again: 100 bytes each.
+_KNOWN = 100_000
 #: A worker that runs a task for so long has told of itself, if it ever does: that is every few seconds.
 _UNHEARD = timedelta(minutes=10)
 
 
 class StaleError(Exception):
     """Another recorder has stored records of these partitions: look where it left off."""
+
+
+class _GoneError(Exception):
+    """A row that was known to be there is not: somebody deleted it."""
+
+
+class _Old(NamedTuple):
+    """What counts of a row of the table build that was there. Times as in all_rows()."""
+
+    id: int
+    uuid: str
+    job_id: str
+    entrypoint: str
+    job_config: str | None
+    created: Any
+    run: int
+    status: str
+    start_time: Any
 
 
 class Batch(NamedTuple):
@@ -58,11 +80,11 @@ class Batch(NamedTuple):
     workers: list[WorkerTold]
     #: What is told of operations and tasks.
     about: list[Told]
-    #: By its uuid the row of everything that is told of, as it is when there was none before.
-    rows: dict[str, dict[str, Any]]
-    #: Their uuids: of operations around what is told of, and of all else; in the order in which rows are made.
+    #: Uuids of operations around what is told of, and of all else that is; in the order in which rows are made.
     roots: list[str]
     rest: list[str]
+    #: By their uuids the rows of those that may be new, as they are when they are.
+    rows: dict[str, dict[str, Any]]
     #: The same rows, and those of the events, as the driver takes them.
     packed: dict[str, Any]
     packed_events: Packed
@@ -89,8 +111,10 @@ class Projection:
         self._insert_builds = BulkInsert(self._tables.build, _BUILD, dialect)
         self._update_builds = BulkUpdate(self._tables.build, [*FOLDED, "job_id", "group_name"], key="id")
         self._insert_events = BulkInsert(self._tables.event, _EVENT, dialect)
-        #: Whether none of the rows of the last batch was there.
+        #: Whether none of the rows of the last batch that might be there was.
         self._new_before = False
+        #: Uuids of rows that are there and may be told of again, those told of last at the end.
+        self._known: dict[str, None] = {}
         #: Next offset of each partition, as this process knows it is stored; None: nothing is stored.
         self._next: dict[Partition, int | None] = {}
 
@@ -126,8 +150,10 @@ class Projection:
             if told is not None:
                 lists[type(told)].append(told)
         about = [*events, *(told.about for told in progress), *(told.about for told in logs)]
-        rows = self._rows(events, about)
         roots = {told.root for told in about if told.root is not None}
+        rest = {told.uuid for told in about} - roots
+        known = self._known
+        rows = self._rows(events, about, {uuid for uuids in (roots, rest) for uuid in uuids if uuid in known})
         packed = self._insert_builds.pack(columns_of(list(rows.values()), _BUILD))
         return Batch(
             events,
@@ -135,9 +161,9 @@ class Projection:
             logs,
             workers,
             about,
-            rows,
             sorted(roots),
-            sorted(rows.keys() - roots),
+            sorted(rest),
+            rows,
             dict(zip(rows, packed, strict=True)),
             self._insert_events.pack(_columns(events)),
         )
@@ -159,12 +185,34 @@ class Projection:
             prepared = self.prepare([])
         elif prepared is None or len(fresh) < len(records):
             prepared = self.prepare(fresh)
+        try:
+            self._write(prepared, upto)
+        except _GoneError:
+            self._known.clear()
+            self._write(self.prepare(fresh), upto)
+        self._next |= upto
+        return len(fresh)
+
+    def _write(self, batch: Batch, upto: Mapping[Partition, int]) -> None:
         with self._database.write() as connection:
             need_not_last(connection)  # the offsets go with it
             self._claim(connection, upto)
-            self._store(connection, prepared)
-        self._next |= upto
-        return len(fresh)
+            self._store(connection, batch)
+        self._remember(batch)
+
+    def _remember(self, batch: Batch) -> None:
+        """Know what is there, but what will hardly be told of again."""
+        known = self._known
+        for told in batch.about:
+            for uuid in (told.uuid, told.root):
+                if uuid is not None:
+                    known.pop(uuid, None)
+                    known[uuid] = None
+        for told in batch.events:
+            if told.type in ENDS:
+                known.pop(told.uuid, None)
+        while len(known) > _KNOWN:
+            del known[next(iter(known))]
 
     def is_new(self, record: Record) -> bool:
         """Whether it is of a partition that positions() was asked for, and behind all that is recorded of that."""
@@ -250,14 +298,9 @@ class Projection:
         if batch.about:
             made, old = self._make_builds(connection, batch)
             self._add_events(connection, batch)
-            self._refold(connection, self._changed(connection, batch.events, made, old))
-            # Where all that was told of was made here, it was true before it was stored.
-            roots = {
-                told.root
-                for told in batch.about
-                if told.root is not None and not made.issuperset((told.root, told.uuid))
-            }
-            self._settle_roots(connection, sorted(roots))
+            changed = self._changed(connection, batch.events, made, old)
+            self._refold(connection, changed, batch.events)
+            self._settle_roots(connection, _unsettled(batch, made, old, {row.uuid for row in changed}))
             shown = [told.about for told in batch.progress] + [told.about for told in batch.logs]
             ids = self._ids(connection, {told.uuid for told in shown})
             self._add_progress(connection, batch.progress, ids)
@@ -265,7 +308,7 @@ class Projection:
         if batch.logs:  # last of all: others wait with theirs until the end of the transaction
             self._add_logs(connection, batch.logs, ids)
 
-    def _make_builds(self, connection: Connection, batch: Batch) -> tuple[set[str], dict[str, Row[Any]]]:
+    def _make_builds(self, connection: Connection, batch: Batch) -> tuple[set[str], dict[str, _Old]]:
         """A row for everything that is told of and the operations around it, locked until the end.
 
         Gives the uuids of those that were made here, and the rows that were there before. A new one is made from the
@@ -274,27 +317,31 @@ class Projection:
         Root operations first: who has one may change all that is in it, and nobody waits for another in a circle.
         """
         all_made: set[str] = set()
-        old: dict[str, Row[Any]] = {}
+        old: dict[str, _Old] = {}
         for uuids in (batch.roots, batch.rest):
-            made = self._make_rows(connection, batch, uuids)
+            made = self._make_rows(connection, batch, [uuid for uuid in uuids if uuid in batch.rows])
             if len(made) < len(uuids):
-                old |= self._locked(connection, [uuid for uuid in uuids if uuid not in made])
+                there = [uuid for uuid in uuids if uuid not in made]
+                found = self._locked(connection, there)
+                if len(found) < len(there):
+                    raise _GoneError
+                old |= found
             all_made |= made
-        self._new_before = not old
+        self._new_before = len(all_made) == len(batch.rows)
         return all_made, old
 
-    def _rows(self, events: Sequence[Told], about: Sequence[Told]) -> dict[str, dict[str, Any]]:
-        """By its uuid the row of each of these, as it is when there was none before."""
+    def _rows(self, events: Sequence[Told], about: Sequence[Told], known: Collection[str]) -> dict[str, dict[str, Any]]:
+        """By its uuid the row of each of these, as it is when there was none before; but of those that are known."""
         rows: dict[str, dict[str, Any]] = {}
         for uuid, own in _by_uuid(events).items():
-            if (values := fold(own)) is not None:
+            if uuid not in known and (values := fold(own)) is not None:
                 _dump(values)
                 values["uuid"], values["job_id"], values["group_name"] = uuid, values["entrypoint"], self._group
                 rows[uuid] = values
         for told in about:
-            if told.uuid not in rows:
+            if told.uuid not in rows and told.uuid not in known:
                 rows[told.uuid] = self._first_row(told, told.uuid)
-            if told.root is not None and told.root not in rows:
+            if told.root is not None and told.root not in rows and told.root not in known:
                 rows[told.root] = self._first_row(told, told.root)
         within: dict[str, list[dict[str, Any]]] = {}
         for uuid, row in rows.items():
@@ -315,7 +362,7 @@ class Projection:
         if self._new_before and self._insert_builds.all_or_none(connection, [batch.packed[uuid] for uuid in uuids]):
             return set(uuids)
         column = self._tables.build.c.uuid
-        there = set(connection.execute(select(column).where(among(connection, column, uuids))).scalars())
+        there = {row[0] for row in all_rows(connection, select(column).where(among(connection, column, uuids)))}
         new = [uuid for uuid in uuids if uuid not in there]
         made = self._insert_builds(
             connection, [batch.packed[uuid] for uuid in new], lambda: [batch.rows[uuid] for uuid in new]
@@ -323,21 +370,20 @@ class Projection:
         # Fewer: another recorder made some of them meanwhile.
         return set(new) if made == len(new) else set()
 
-    def _locked(self, connection: Connection, uuids: Sequence[str]) -> dict[str, Row[Any]]:
+    def _locked(self, connection: Connection, uuids: Sequence[str]) -> dict[str, _Old]:
         if not uuids:
             return {}
         build = self._tables.build
-        columns = (build.c.id, build.c.uuid, build.c.job_id, build.c.entrypoint, build.c.job_config, build.c.created)
-        query = select(*columns).where(among(connection, build.c.uuid, uuids))
-        found: Iterable[Any] = connection.execute(query.order_by(build.c.uuid).with_for_update())
-        return {row.uuid: row for row in found}
+        query = select(*(build.c[name] for name in _Old._fields)).where(among(connection, build.c.uuid, uuids))
+        found = all_rows(connection, query.order_by(build.c.uuid).with_for_update())
+        return {row[1]: _Old(*row) for row in found}
 
     def _ids(self, connection: Connection, uuids: Collection[str]) -> dict[str, int]:
         if not uuids:
             return {}
         build = self._tables.build
         query = select(build.c.uuid, build.c.id).where(among(connection, build.c.uuid, sorted(uuids)))
-        return {row.uuid: row.id for row in connection.execute(query)}
+        return {row[0]: row[1] for row in all_rows(connection, query)}
 
     def _first_row(self, told: Told, uuid: str) -> dict[str, Any]:
         """What is known of something before an event of its own is told: it runs."""
@@ -371,8 +417,8 @@ class Projection:
         )
 
     def _changed(
-        self, connection: Connection, events: Sequence[Told], made: Collection[str], old: Mapping[str, Row[Any]]
-    ) -> list[Row[Any]]:
+        self, connection: Connection, events: Sequence[Told], made: Collection[str], old: Mapping[str, _Old]
+    ) -> list[_Old]:
         """The rows that must be computed anew because of these events."""
         changed: set[str] = set()
         for told in events:
@@ -383,12 +429,15 @@ class Projection:
             elif told.type == RUN_SENT and told.root is not None and told.root not in made:
                 changed.add(told.root)
         missing = sorted(uuid for uuid in changed if uuid not in old)
-        rows: dict[str, Row[Any]] = dict(old)
+        rows: dict[str, _Old] = dict(old)
         rows |= self._locked(connection, missing)
         return [rows[uuid] for uuid in sorted(changed)]
 
-    def _refold(self, connection: Connection, rows: Sequence[Row[Any]]) -> None:
-        """Compute these rows anew from all of their events; what no event decides stays as it is."""
+    def _refold(self, connection: Connection, rows: Sequence[_Old], new: Sequence[Told]) -> None:
+        """Compute these rows anew from all of their events; what no event decides stays as it is.
+
+        ``new``: events that are stored now, if they were not before.
+        """
         if not rows:
             return
         event = self._tables.event
@@ -397,7 +446,11 @@ class Projection:
             among(connection, event.c.uuid, uuids),
             and_(event.c.type == RUN_SENT, among(connection, event.c.root, uuids)),
         )
-        events = _by_uuid(map(stored, connection.execute(select(event).where(told_of))))
+        read = {told.identity: told for told in new}  # what is in memory needs no reading
+        events = _by_uuid(
+            told if (told := read.get(row[1])) is not None and told.place == tuple(row[-4:]) else stored(row)
+            for row in all_rows(connection, select(event).where(told_of))
+        )
         changes = []
         for row in rows:
             values = fold(events.get(row.uuid, []))
@@ -405,13 +458,13 @@ class Projection:
                 changes.append(self._columns(row, values))
         self._update_builds(connection, changes)
 
-    def _columns(self, row: Row[Any], values: dict[str, Any]) -> dict[str, Any]:
+    def _columns(self, row: _Old, values: dict[str, Any]) -> dict[str, Any]:
         _dump(values)
         values |= {"id": row.id, "group_name": self._group, "job_id": row.job_id or values["entrypoint"]}
         if not values["entrypoint"]:  # a new run is all that is told of it
             values["entrypoint"] = row.entrypoint
         if row.job_config is not None:  # somebody created it before it was sent
-            values["created"] = row.created
+            values["created"] = to_time(row.created)
         return values
 
     def _settle_roots(self, connection: Connection, roots: Sequence[str]) -> None:
@@ -526,6 +579,29 @@ class Projection:
             for _, told in sorted(newest.items())
         ]
         connection.execute(statement, values)
+
+
+def _unsettled(batch: Batch, made: Collection[str], old: Mapping[str, _Old], changed: Collection[str]) -> Sequence[str]:
+    """The operations of which it must be looked at what they say of their steps, once these are stored.
+
+    Where the operation and all that was told of it were made here, it was true before they were stored. Nor does the
+    look change anything where a step was made that began after an operation of the same run that goes on.
+    """
+    roots: set[str] = set()
+    for told in batch.about:
+        root = told.root
+        if root is None or root in roots:
+            continue
+        if told.uuid not in made:
+            if root in changed or root in made:
+                roots.add(root)
+        elif root not in made:
+            step, around = batch.rows[told.uuid], old[root]
+            began, start = step["start_time"], to_time(around.start_time)
+            plain = root not in changed and around.run == step["run"] and around.status == _RUNNING
+            if not plain or (began is not None and (start is None or began < start)):
+                roots.add(root)
+    return sorted(roots)
 
 
 def _by_uuid(events: Iterable[Told]) -> dict[str, list[Told]]:

@@ -130,9 +130,28 @@ def parse(record: Record, cluster: str) -> "Told | ProgressTold | LogTold | Work
 
 
 def stored(row: Any) -> Told:
-    """The event in a row of the table."""
-    place = (row.cluster, row.topic, row.partition, row.offset)
-    return _build(schemas.parse(row.data), row.data, place, 0, row.identity)
+    """The event in a row of the table, with its columns in their order."""
+    _, identity, kind, uuid, root, run, position, attempt, phase, worker, text, *place = row
+    data = schemas.parse(text)
+    parent = data.get("parent")
+    return Told(
+        identity,
+        kind,
+        uuid,
+        _often(data.get("entrypoint", "")),
+        root,
+        None if parent is None else _name(parent),
+        run,
+        position,
+        attempt,
+        phase,
+        _number(data.get("at") or 0, _LARGEST_BIG),
+        _number(data.get("began") or 0, _LARGEST_BIG),
+        worker,
+        data,
+        text,
+        tuple(place),
+    )
 
 
 def of_root(told: Told) -> Told | None:
@@ -158,13 +177,6 @@ def _read(raw: bytes) -> tuple[Any, str]:
 
 
 def _told(data: Mapping[str, Any], text: str, record: Record, cluster: str) -> Told:
-    place = (cluster, record.topic, record.partition, record.offset)
-    return _build(data, text, place, record.timestamp_ms, None)
-
-
-def _build(
-    data: Mapping[str, Any], text: str, place: tuple[str, str, int, int], stored_ms: int, identity: str | None
-) -> Told:
     get = data.get
     kind, uuid, worker = _often(data["type"]), _name(data["uuid"]), _often(get("worker") or "")
     if not uuid:
@@ -173,14 +185,12 @@ def _build(
     root = None if operation is None else _name(operation)
     run, position, phase = _number(get("run", 1)), _number(get("position", 0)), _number(get("phase", 0))
     attempt, began_ms = _number(get("attempt", 1)), _number(get("began") or 0, _LARGEST_BIG)
-    if identity is None:
-        # The same for an event and its repetition: an event of a redelivery, an execution told twice.
-        key: list[Any] = [root or uuid, run, position, phase, kind, uuid, attempt if kind in _BY_ATTEMPT else 0]
-        if kind in _SAID_APART:
-            key += _apart(data, kind, worker, began_ms)
-        identity = _hashed(key)
+    # The same for an event and its repetition: an event of a redelivery, an execution told twice.
+    key: list[Any] = [root or uuid, run, position, phase, kind, uuid, attempt if kind in _BY_ATTEMPT else 0]
+    if kind in _SAID_APART:
+        key += _apart(data, kind, worker, began_ms)
     return Told(
-        identity,
+        _hashed(key),
         kind,
         uuid,
         _often(get("entrypoint", "")),
@@ -190,12 +200,12 @@ def _build(
         position,
         attempt,
         phase,
-        _number(get("at") or stored_ms, _LARGEST_BIG),
+        _number(get("at") or record.timestamp_ms, _LARGEST_BIG),
         began_ms,
         worker,
         data,
         text,
-        place,
+        (cluster, record.topic, record.partition, record.offset),
     )
 
 
