@@ -51,10 +51,11 @@ _ESCAPES: Final = {"\\": r"\\", "\n": r"\n", "\t": r"\t", "\r": r"\r"}
 
 
 def among(connection: Connection, of: ColumnElement[Any], values: Sequence[str]) -> ColumnElement[bool]:
-    """``of`` is one of these: any number of them is one parameter."""
-    if _is_postgresql(connection):
-        return of == func.any(bindparam(None, list(values), type_=postgresql.ARRAY(Text)))
+    """``of`` is one of these: any number of them is one parameter, and a JSON text, which no driver looks into."""
     given = bindparam(None, orjson.dumps(values).decode(), type_=Text)
+    if _is_postgresql(connection):
+        texts = func.json_array_elements_text(cast(given, postgresql.JSON))
+        return of == func.any(func.array(select(texts).scalar_subquery()))
     return of.in_(select(func.json_each(given).table_valued("value").c.value))
 
 

@@ -14,7 +14,7 @@ from kser.status import Status
 from kser.storage.records import Told
 from kser.storage.values import clean_text, from_ms, one_line
 
-__all__ = ["ENDED_WITH_OPERATION", "ENDS", "FOLDED", "begin_and_end", "fold"]
+__all__ = ["ENDED_WITH_OPERATION", "ENDS", "FOLDED", "begin", "begin_and_end", "fold"]
 
 _FINAL = {str(status): status for status in Status if status.final}
 _OUTCOME = ("retcode", "stdout", "stderr", "retval", "error", "exception", "exception_tb")
@@ -107,6 +107,12 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
     return values
 
 
+def begin(root: dict[str, Any], began: datetime | None) -> None:
+    """Change the columns of an operation whose first step began then, if that is known."""
+    if began is not None and (root["start_time"] is None or began < root["start_time"]):
+        root["start_time"], root["created"] = began, min(root["created"], began)
+
+
 def begin_and_end(root: dict[str, Any], steps: Sequence[dict[str, Any]], *, told_of_itself: bool) -> None:
     """Make true in these new rows what an operation and its steps say of each other. They are changed.
 
@@ -119,8 +125,7 @@ def begin_and_end(root: dict[str, Any], steps: Sequence[dict[str, Any]], *, told
     """
     own = [step for step in steps if step["run"] == root["run"]]
     began = min((step["start_time"] for step in own if step["start_time"] is not None), default=None)
-    if began is not None and (root["start_time"] is None or began < root["start_time"]):
-        root["start_time"], root["created"] = began, min(root["created"], began)
+    begin(root, began)
     if root["status"] == _PENDING and not told_of_itself and any(step["started"] for step in own):
         root["status"], root["note"] = _RUNNING, None
     if not root["job_id"]:  # only its steps tell of it: its run is not known

@@ -14,8 +14,8 @@ from kser.storage.schema import Tables
 __all__ = ["current_version", "newest_version", "uninstall", "upgrade"]
 
 
-def upgrade(connection: Connection, tables: Tables) -> None:
-    """Bring the tables to the newest version, inside the connection's transaction.
+def upgrade(connection: Connection, tables: Tables, version: str = "head") -> None:
+    """Bring the tables to the newest version, or to one on the way there, inside the connection's transaction.
 
     Raises ConfigurationError for a version that this release of kser does not know.
     """
@@ -31,7 +31,7 @@ def upgrade(connection: Connection, tables: Tables) -> None:
         "prefix": tables.prefix,
         "version_table": tables.version_name,
     }
-    command.upgrade(config, "head")
+    command.upgrade(config, version)
 
 
 def current_version(connection: Connection, tables: Tables) -> str | None:

@@ -24,7 +24,7 @@ from kser.progress import SEPARATOR
 from kser.status import Status
 from kser.storage.bulk import BulkInsert, BulkUpdate, Packed, all_rows, among, columns_of, to_time
 from kser.storage.database import Database, insert, need_not_last, number_in_order
-from kser.storage.folding import ENDED_WITH_OPERATION, ENDS, FOLDED, begin_and_end, fold
+from kser.storage.folding import ENDED_WITH_OPERATION, ENDS, FOLDED, begin, begin_and_end, fold
 from kser.storage.history import worker_state
 from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, name_of_root, of_root, parse, stored
 from kser.storage.schema import Tables
@@ -74,15 +74,23 @@ class _Old(NamedTuple):
 class Batch(NamedTuple):
     """What records tell, by kind, each in the order it was told."""
 
+    #: The first offset of each partition, and the one behind its last.
+    firsts: dict[Partition, int]
+    ends: dict[Partition, int]
     events: list[Told]
     progress: list[ProgressTold]
     logs: list[LogTold]
     workers: list[WorkerTold]
+    #: The events by what they tell of.
+    by_uuid: dict[str, list[Told]]
     #: What is told of operations and tasks.
     about: list[Told]
     #: Uuids of operations around what is told of, and of all else that is; in the order in which rows are made.
     roots: list[str]
     rest: list[str]
+    #: Those of them that may be told of again, and those that hardly are: they have ended.
+    going_on: dict[str, None]
+    ended: list[str]
     #: By their uuids the rows of those that may be new, as they are when they are.
     rows: dict[str, dict[str, Any]]
     #: The same rows, and those of the events, as the driver takes them.
@@ -111,9 +119,9 @@ class Projection:
         self._insert_builds = BulkInsert(self._tables.build, _BUILD, dialect)
         self._update_builds = BulkUpdate(self._tables.build, [*FOLDED, "job_id", "group_name"], key="id")
         self._insert_events = BulkInsert(self._tables.event, _EVENT, dialect)
-        #: Whether none of the rows of the last batch that might be there was.
-        self._new_before = False
-        #: Uuids of rows that are there and may be told of again, those told of last at the end.
+        #: Whether none of the rows of the last batch that might be there was: of operations around others, of the rest.
+        self._new_before = [False, False]
+        #: Uuids of rows that are there and may be told of again, the newest at the end.
         self._known: dict[str, None] = {}
         #: Next offset of each partition, as this process knows it is stored; None: nothing is stored.
         self._next: dict[Partition, int | None] = {}
@@ -145,24 +153,37 @@ class Projection:
         logs: list[LogTold] = []
         workers: list[WorkerTold] = []
         lists: dict[type, list[Any]] = {Told: events, ProgressTold: progress, LogTold: logs, WorkerTold: workers}
+        firsts: dict[Any, int] = {}
+        ends: dict[Any, int] = {}
         for record in records:
+            place = record[:2]  # as good as a Partition in a dict, and there at once
+            if place not in ends:
+                firsts[place] = record.offset
+            ends[place] = record.offset + 1
             told = parse(record, self._cluster)
             if told is not None:
                 lists[type(told)].append(told)
         about = [*events, *(told.about for told in progress), *(told.about for told in logs)]
         roots = {told.root for told in about if told.root is not None}
         rest = {told.uuid for told in about} - roots
+        by_uuid = _by_uuid(events)
         known = self._known
-        rows = self._rows(events, about, {uuid for uuids in (roots, rest) for uuid in uuids if uuid in known})
+        rows = self._rows(events, by_uuid, about, {uuid for uuids in (roots, rest) for uuid in uuids if uuid in known})
         packed = self._insert_builds.pack(columns_of(list(rows.values()), _BUILD))
+        ended = [uuid for uuid, own in by_uuid.items() if any(told.type in ENDS for told in own)]
         return Batch(
+            {Partition(*place): offset for place, offset in firsts.items()},
+            {Partition(*place): offset for place, offset in ends.items()},
             events,
             progress,
             logs,
             workers,
+            by_uuid,
             about,
             sorted(roots),
             sorted(rest),
+            dict.fromkeys((roots | rest).difference(ended)),
+            ended,
             rows,
             dict(zip(rows, packed, strict=True)),
             self._insert_events.pack(_columns(events)),
@@ -178,13 +199,14 @@ class Projection:
 
         Raises StaleError when another recorder was faster, and StorageError: nothing is stored in either case.
         """
-        fresh, upto = self._fresh(records)
+        fresh: Sequence[Record]
+        if prepared is not None and not pass_over and self._are_next(prepared):
+            fresh, upto = records, prepared.ends
+        else:
+            fresh, upto = self._fresh(records)
+            prepared = self.prepare([] if pass_over else fresh)
         if not fresh:
             return 0
-        if pass_over:
-            prepared = self.prepare([])
-        elif prepared is None or len(fresh) < len(records):
-            prepared = self.prepare(fresh)
         try:
             self._write(prepared, upto)
         except _GoneError:
@@ -203,14 +225,9 @@ class Projection:
     def _remember(self, batch: Batch) -> None:
         """Know what is there, but what will hardly be told of again."""
         known = self._known
-        for told in batch.about:
-            for uuid in (told.uuid, told.root):
-                if uuid is not None:
-                    known.pop(uuid, None)
-                    known[uuid] = None
-        for told in batch.events:
-            if told.type in ENDS:
-                known.pop(told.uuid, None)
+        known.update(batch.going_on)
+        for uuid in batch.ended:
+            known.pop(uuid, None)
         while len(known) > _KNOWN:
             del known[next(iter(known))]
 
@@ -218,13 +235,18 @@ class Projection:
         """Whether it is of a partition that positions() was asked for, and behind all that is recorded of that."""
         return record.of in self._next and record.offset >= (self._next[record.of] or 0)
 
+    def _are_next(self, batch: Batch) -> bool:
+        """Whether all of its records are of partitions that positions() was asked for, and behind what is there."""
+        known = self._next
+        return all(place in known and first >= (known[place] or 0) for place, first in batch.firsts.items())
+
     def _fresh(self, records: Sequence[Record]) -> tuple[list[Record], dict[Partition, int]]:
         """Those of partitions that positions() was asked for that are behind all recorded there, and their ends."""
         starts = {place: offset or 0 for place, offset in self._next.items()}
         fresh: list[Record] = []
         ends: dict[Partition, int] = {}
         for record in records:
-            place: Any = record[:2]  # as good as a Partition in a dict, and there at once
+            place: Any = record[:2]
             start = starts.get(place)
             if start is not None and record.offset >= start:
                 fresh.append(record)
@@ -297,10 +319,12 @@ class Projection:
     def _store(self, connection: Connection, batch: Batch) -> None:
         if batch.about:
             made, old = self._make_builds(connection, batch)
-            self._add_events(connection, batch)
             changed = self._changed(connection, batch.events, made, old)
-            self._refold(connection, changed, batch.events)
-            self._settle_roots(connection, _unsettled(batch, made, old, {row.uuid for row in changed}))
+            before = self._stored(connection, changed)
+            self._add_events(connection, batch)
+            self._refold(connection, changed, before, batch)
+            new = {row.uuid for row in changed}
+            self._settle_roots(connection, _unsettled(batch, made, old, new), new)
             shown = [told.about for told in batch.progress] + [told.about for told in batch.logs]
             ids = self._ids(connection, {told.uuid for told in shown})
             self._add_progress(connection, batch.progress, ids)
@@ -318,8 +342,10 @@ class Projection:
         """
         all_made: set[str] = set()
         old: dict[str, _Old] = {}
-        for uuids in (batch.roots, batch.rest):
-            made = self._make_rows(connection, batch, [uuid for uuid in uuids if uuid in batch.rows])
+        for kind, uuids in enumerate((batch.roots, batch.rest)):
+            fresh = [uuid for uuid in uuids if uuid in batch.rows]
+            made = self._make_rows(connection, batch, fresh, all_new=self._new_before[kind])
+            self._new_before[kind] = len(made) == len(fresh)
             if len(made) < len(uuids):
                 there = [uuid for uuid in uuids if uuid not in made]
                 found = self._locked(connection, there)
@@ -327,13 +353,18 @@ class Projection:
                     raise _GoneError
                 old |= found
             all_made |= made
-        self._new_before = len(all_made) == len(batch.rows)
         return all_made, old
 
-    def _rows(self, events: Sequence[Told], about: Sequence[Told], known: Collection[str]) -> dict[str, dict[str, Any]]:
+    def _rows(
+        self,
+        events: Sequence[Told],
+        by_uuid: Mapping[str, list[Told]],
+        about: Sequence[Told],
+        known: Collection[str],
+    ) -> dict[str, dict[str, Any]]:
         """By its uuid the row of each of these, as it is when there was none before; but of those that are known."""
         rows: dict[str, dict[str, Any]] = {}
-        for uuid, own in _by_uuid(events).items():
+        for uuid, own in by_uuid.items():
             if uuid not in known and (values := fold(own)) is not None:
                 _dump(values)
                 values["uuid"], values["job_id"], values["group_name"] = uuid, values["entrypoint"], self._group
@@ -354,12 +385,14 @@ class Projection:
                     begin_and_end(rows[root], steps, told_of_itself=(root, rows[root]["run"]) in own_runs)
         return rows
 
-    def _make_rows(self, connection: Connection, batch: Batch, uuids: Sequence[str]) -> set[str]:
-        """Make those of these rows that are not there; the uuids of which it is known that they were made here."""
+    def _make_rows(self, connection: Connection, batch: Batch, uuids: Sequence[str], *, all_new: bool) -> set[str]:
+        """Make those of these rows that are not there; the uuids of which it is known that they were made here.
+
+        ``all_new``: most likely none is there, and one that is costs no more than a try.
+        """
         if not uuids:
             return set()
-        # What came before was all new: so is this, most likely, and one that is there costs no more than this try.
-        if self._new_before and self._insert_builds.all_or_none(connection, [batch.packed[uuid] for uuid in uuids]):
+        if all_new and self._insert_builds.all_or_none(connection, [batch.packed[uuid] for uuid in uuids]):
             return set(uuids)
         column = self._tables.build.c.uuid
         there = {row[0] for row in all_rows(connection, select(column).where(among(connection, column, uuids)))}
@@ -433,43 +466,70 @@ class Projection:
         rows |= self._locked(connection, missing)
         return [rows[uuid] for uuid in sorted(changed)]
 
-    def _refold(self, connection: Connection, rows: Sequence[_Old], new: Sequence[Told]) -> None:
-        """Compute these rows anew from all of their events; what no event decides stays as it is.
-
-        ``new``: events that are stored now, if they were not before.
-        """
+    def _stored(self, connection: Connection, rows: Sequence[_Old]) -> dict[str, list[Told]]:
+        """All events of these rows that were stored before. None is added meanwhile: their rows are locked."""
         if not rows:
-            return
+            return {}
         event = self._tables.event
         uuids = [row.uuid for row in rows]
         told_of = or_(
             among(connection, event.c.uuid, uuids),
             and_(event.c.type == RUN_SENT, among(connection, event.c.root, uuids)),
         )
-        read = {told.identity: told for told in new}  # what is in memory needs no reading
-        events = _by_uuid(
-            told if (told := read.get(row[1])) is not None and told.place == tuple(row[-4:]) else stored(row)
-            for row in all_rows(connection, select(event).where(told_of))
-        )
-        changes = []
-        for row in rows:
-            values = fold(events.get(row.uuid, []))
-            if values is not None:
-                changes.append(self._columns(row, values))
-        self._update_builds(connection, changes)
+        return _by_uuid(map(stored, all_rows(connection, select(event).where(told_of))))
+
+    def _refold(
+        self,
+        connection: Connection,
+        rows: Sequence[_Old],
+        before: Mapping[str, list[Told]],
+        batch: Batch,
+    ) -> None:
+        """Compute these rows anew from all of their events; what no event decides stays as it is.
+
+        Operations that others are in begin with the first of these, so they come last.
+        """
+        if not rows:
+            return
+        roots = set(batch.roots)
+        events = {row.uuid: _together(before.get(row.uuid, ()), batch.by_uuid.get(row.uuid, ())) for row in rows}
+        changes = [self._columns(row, own) for row in rows if (own := fold(events[row.uuid])) is not None]
+        around = {values["id"] for values in changes if values["uuid"] in roots}
+        self._update_builds(connection, [values for values in changes if values["id"] not in around])
+        began = self._began(connection, [values["uuid"] for values in changes if values["id"] in around])
+        for values in changes:
+            begin(values, began.get((values["uuid"], values["run"])))
+        self._update_builds(connection, [values for values in changes if values["id"] in around])
+
+    def _began(self, connection: Connection, roots: Sequence[str]) -> dict[tuple[str, int], datetime | None]:
+        """When the first step of each run of these operations began."""
+        if not roots:
+            return {}
+        build = self._tables.build
+        query = select(build.c.root, build.c.run, func.min(build.c.start_time))
+        steps = and_(among(connection, build.c.root, roots), build.c.root != build.c.uuid)
+        found = all_rows(connection, query.where(steps).group_by(build.c.root, build.c.run))
+        return {(row[0], row[1]): to_time(row[2]) for row in found}
 
     def _columns(self, row: _Old, values: dict[str, Any]) -> dict[str, Any]:
         _dump(values)
-        values |= {"id": row.id, "group_name": self._group, "job_id": row.job_id or values["entrypoint"]}
+        values |= {
+            "id": row.id,
+            "uuid": row.uuid,
+            "group_name": self._group,
+            "job_id": row.job_id or values["entrypoint"],
+        }
         if not values["entrypoint"]:  # a new run is all that is told of it
             values["entrypoint"] = row.entrypoint
         if row.job_config is not None:  # somebody created it before it was sent
             values["created"] = to_time(row.created)
         return values
 
-    def _settle_roots(self, connection: Connection, roots: Sequence[str]) -> None:
+    def _settle_roots(self, connection: Connection, roots: Sequence[str], begun: Collection[str]) -> None:
+        if early := [root for root in roots if root not in begun]:
+            self._begin_roots(connection, early)
         if roots:
-            self._begin_roots(connection, roots)
+            self._wake_roots(connection, roots)
             self._end_steps(connection, roots)
 
     def _begin_roots(self, connection: Connection, roots: Sequence[str]) -> None:
@@ -486,8 +546,11 @@ class Projection:
         here = and_(build.c.uuid == first.c.root, build.c.run == first.c.run, earlier)
         created = case((build.c.created > first.c.began, first.c.began), else_=build.c.created)
         connection.execute(update(build).where(here).values(start_time=first.c.began, created=created))
-        # A run that was sent goes on once a step of it is told of, unless it tells of itself, that it waits say.
-        event = self._tables.event
+
+    def _wake_roots(self, connection: Connection, roots: Sequence[str]) -> None:
+        """A run that was sent goes on once a step of it is told of, unless it tells of itself, that it waits say."""
+        build, event = self._tables.build, self._tables.event
+        step = aliased(build)
         own = exists().where(event.c.uuid == build.c.uuid, event.c.run == build.c.run)
         stepped = exists().where(
             step.c.root == build.c.uuid, step.c.uuid != build.c.uuid, step.c.run == build.c.run, step.c.started
@@ -616,6 +679,12 @@ def _by_uuid(events: Iterable[Told]) -> dict[str, list[Told]]:
         if told.type == RUN_SENT and (around := of_root(told)) is not None:
             found.setdefault(around.uuid, []).append(around)
     return found
+
+
+def _together(before: Sequence[Told], new: Sequence[Told]) -> list[Told]:
+    """Events of one uuid, but what repeats one that was there before."""
+    there = {told.identity for told in before}
+    return [*before, *(told for told in new if told.identity not in there)]
 
 
 def _columns(events: Sequence[Told]) -> list[list[Any]]:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 FEATURES: Final = frozenset({Feature.EVENTS, Feature.TELEMETRY})
 #: Records in one transaction.
 BATCH = 5000
+#: How long its two threads wait for their turns, in seconds: the one that stores has a hundred of them in a batch.
+_TURN_S: Final = 0.0001
 #: Seconds of a poll without records: how soon it stops.
 _POLL_S = 0.2
 #: Seconds between two looks for what died.
@@ -103,7 +105,7 @@ class Recorder:
         source = self._transport.source(recorder_group(self.group, self._storage.id))
         try:
             source.subscribe(topics_of(self.group), self)
-            with quick_turns(), collecting_rarely():
+            with quick_turns(_TURN_S), collecting_rarely():
                 self._record(source, projection)
         finally:
             source.close()

@@ -143,7 +143,7 @@ class Tables:
             Column("note", CleanText),
             self._index("build", "job_id", "id"),
             self._index("build", "root", **_NOT_NULL),
-            self._index("build", "is_top", "created"),
+            self._index("build", "created", sqlite_where=text("is_top = 1"), postgresql_where=text("is_top = true")),
             self._index(
                 "build", "finished", sqlite_where=text("finished = 0"), postgresql_where=text("finished = false")
             ),
@@ -184,8 +184,8 @@ class Tables:
         return self._table(
             "event",
             Column("id", BigId, primary_key=True, autoincrement=True),
-            # The same for an event and its repetition after a redelivery.
-            Column("identity", Text, nullable=False, unique=True),
+            # The same for an event and its repetition after a redelivery; it tells of the same uuid.
+            Column("identity", Text, nullable=False),
             Column("type", CleanText, nullable=False),
             Column("uuid", CleanText, nullable=False),
             Column("root", CleanText),
@@ -200,7 +200,7 @@ class Tables:
             Column("topic", CleanText, nullable=False),
             Column("partition", Integer, nullable=False),
             Column("offset", BigInteger, nullable=False),
-            self._index("event", "uuid"),
+            self._index("event", "uuid", "identity", unique=True),
             self._index("event", "root", "type", **_NOT_NULL),  # new runs of an operation, among very many events
         )
 

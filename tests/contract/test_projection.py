@@ -11,7 +11,7 @@ from sqlalchemy import update
 
 from kser.errors import StorageError
 from kser.events import Event, read
-from kser.storage import bulk
+from kser.storage import bulk, migrate
 from kser.storage.projection import Projection, StaleError
 from kser.storage.values import clean_text
 from kser.tracebacks import TracebackInfo
@@ -599,13 +599,47 @@ def test_rows_that_another_recorder_made_meanwhile_are_computed_from_what_is_sto
     record(other, tape)
     real = Projection._make_rows
 
-    def raced(self, connection, batch, uuids):
-        real(self, connection, batch, uuids)
-        return real(self, connection, batch, uuids)  # now they are there: whose they are is not known
+    def raced(self, connection, batch, uuids, **options):
+        real(self, connection, batch, uuids, **options)
+        return real(self, connection, batch, uuids, **options)  # now they are there: whose they are is not known
 
     monkeypatch.setattr(Projection, "_make_rows", raced)
     record(storage, tape, 9)
     assert snapshot(storage) == snapshot(other)
+
+
+def test_an_upgrade_of_the_tables_keeps_what_was_told_and_it_is_told_once_after_it(storage, new_storage):
+    tape, other = story(), new_storage()
+    record(other, tape)
+    storage.uninstall()
+    with storage.database.write() as connection:
+        migrate.upgrade(connection, storage.database.tables, "0003")
+    half = len(tape.records) // 2
+    recorder(storage, tape).apply(tape.records[:half])
+    before = snapshot(storage)
+    storage.install()
+    assert snapshot(storage) == before
+    for told in [told for told in tape.records[:half] if told.topic.endswith(".events")]:
+        tape.add(told.topic, told.key.decode(), told.value, told.partition)  # a redelivery
+    recorder(storage, tape).apply(tape.records)
+    assert snapshot(storage) == snapshot(other)
+
+
+def test_rows_that_were_deleted_are_made_again_by_whoever_knew_them(storage, new_storage):
+    tape, other = Tape(), new_storage()
+    for number in range(4):
+        tape.operation(f"op-{number}", 3)
+    begun, rest = tape.records[:5], tape.records[5:]  # the first operation is begun, and nothing else
+    knows = recorder(storage, tape)
+    ahead = knows.apply(begun) and knows.prepare(rest)
+    recorder(other, tape).apply(begun)
+    for one in (storage, other):
+        for found in one.history.list_operations():
+            one.delete_build(found.id)
+    assert knows.apply(rest, prepared=ahead) == len(rest)
+    recorder(other, tape).apply(rest)  # this one knows of nothing
+    assert snapshot(storage) == snapshot(other)
+    assert storage.history.count_operations(states=["SUCCESS"]) == 4
 
 
 def test_a_rebuild_gives_the_same_rows_under_the_same_numbers(storage):

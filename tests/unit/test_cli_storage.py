@@ -72,11 +72,11 @@ def test_tables_are_installed_upgraded_and_dropped(run, url):
         done = run("install", "--storage", url)
         assert (done.exit_code, done.output) == (0, f"Installed: {url}\n")
     done = run("db", "upgrade", "--storage", url, "--format", "json")
-    assert json.loads(done.output) == {"storage": url, "before": "0003", "version": "0003"}
-    assert "has version 0003 already" in run("db", "upgrade", "--storage", url).output
+    assert json.loads(done.output) == {"storage": url, "before": "0004", "version": "0004"}
+    assert "has version 0004 already" in run("db", "upgrade", "--storage", url).output
     for _ in range(2):
         assert run("uninstall", "--storage", url).output == f"Uninstalled: {url}\n"
-    assert "from version none to 0003" in run("db", "upgrade", "--storage", url).output
+    assert "from version none to 0004" in run("db", "upgrade", "--storage", url).output
 
 
 @pytest.mark.parametrize(

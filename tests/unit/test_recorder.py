@@ -223,7 +223,7 @@ def test_tables_that_are_missing_or_of_another_version_are_told(broker, tmp_path
     name = storage.database.tables.version_name
     with storage.database.write() as connection:
         connection.exec_driver_sql(f"UPDATE {name} SET version_num = '9999'")
-    with pytest.raises(ConfigurationError, match="version 9999, this release of kser needs 0003: run kser db upgrade"):
+    with pytest.raises(ConfigurationError, match="version 9999, this release of kser needs 0004: run kser db upgrade"):
         storage.prepare()
     with pytest.raises(ConfigurationError, match="9999, which this release of kser does not know: upgrade kser"):
         storage.install()
