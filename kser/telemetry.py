@@ -9,8 +9,10 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Final, Self
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from types import UnionType
+from typing import Any, ClassVar, Final, Self, get_args, get_origin, get_type_hints
 
 import orjson
 
@@ -21,6 +23,8 @@ from kser.tracebacks import TracebackInfo
 from kser.transport import Record
 
 __all__ = [
+    "END_OF_TIME_MS",
+    "LONGEST_INTERVAL_S",
     "Running",
     "Subject",
     "TaskHeartbeat",
@@ -37,6 +41,10 @@ __all__ = [
 
 #: Version of the format.
 VERSION: Final = 1
+#: Longest interval of a worker, in seconds, and the first time, in milliseconds since the epoch, that it cannot tell of
+#: itself: it begins the year 9999, behind which there is no room to reckon with.
+LONGEST_INTERVAL_S: Final = 86_400
+END_OF_TIME_MS: Final = 253_370_764_800_000
 
 
 def telemetry_topic(group: str) -> str:
@@ -272,7 +280,12 @@ class WorkerState(Telemetry):
         """See Telemetry."""
         known = _known(cls, data)
         running = [Running(**_known(Running, one)) for one in known.get("running") or ()]
-        return cls(**known | {"running": running})
+        found = cls(**known | {"running": running})
+        if not 0 <= found.interval_s <= LONGEST_INTERVAL_S:
+            raise ValidationError(f"interval_s={found.interval_s} is not from 0 to {LONGEST_INTERVAL_S}")
+        if not (0 <= found.at < END_OF_TIME_MS and 0 <= found.started < END_OF_TIME_MS):
+            raise ValidationError(f"at={found.at}, started={found.started}: not both are times")
+        return found
 
 
 _KINDS: Final[Mapping[str, type[Telemetry]]] = {
@@ -301,6 +314,36 @@ def read(records: Iterable[Record]) -> Iterator[Telemetry]:
             yield found
 
 
-def _known(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries of ``data`` that are fields of ``cls``: a newer release may write more."""
-    return {each.name: data[each.name] for each in fields(cls) if each.name in data and each.name != "task"}
+def _known(cls: Any, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Those entries of ``data`` that are fields of ``cls``: a newer release may write more.
+
+    Raises ValidationError for one that is not of its type: whoever shows it reckons with it.
+    """
+    found = {name: data[name] for name in _hints(cls) if name in data}
+    for name, value in found.items():
+        if not _fits(value, _hints(cls)[name]):
+            raise ValidationError(f"{name}={value!r:.100} is not what a {cls.__name__} has there")
+    return found
+
+
+@cache
+def _hints(cls: Any) -> Mapping[str, Any]:
+    """The types of its fields, but of ``task``, whose own stand beside the others in a record."""
+    hints = get_type_hints(cls)
+    return {each.name: hints[each.name] for each in fields(cls) if each.name != "task"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether JSON gave what a field with this type is made of."""
+    origin, of = get_origin(hint), get_args(hint)
+    if origin is UnionType:
+        return any(_fits(value, one) for one in of)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(one, of[1]) for one in value.values())
+    if origin in (Sequence, tuple):
+        return isinstance(value, list) and all(_fits(one, of[0]) for one in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint is int:
+        return type(value) is int
+    return isinstance(value, dict if is_dataclass(hint) else hint)

@@ -629,13 +629,15 @@ class Projection:
             where=new.seen >= table.c.seen,
         )
         newest = {told.name: told for told in sorted(workers, key=lambda told: told.seen)}
+        heard = now()
         values = [
             {
                 "name": told.name,
                 "group_name": self._group,
                 "state": told.state,
                 "started": from_ms(told.started_ms),
-                "seen": told.seen,
+                # A clock that is ahead would keep a worker alive that has died.
+                "seen": min(told.seen, heard),
                 "interval_s": told.interval_s,
                 "data": dump_any_json(told.data),
             }

@@ -12,6 +12,7 @@ import orjson
 from kser import schemas
 from kser.errors import ValidationError
 from kser.storage.values import clean_text, dump_any_json
+from kser.telemetry import END_OF_TIME_MS, LONGEST_INTERVAL_S
 from kser.transport import Record
 
 __all__ = [
@@ -45,10 +46,6 @@ _SHORT = _LONGEST // 4
 #: Largest number in a column of its own.
 _LARGEST = 2**31 - 1
 _LARGEST_BIG = 2**63 - 1
-#: Longest interval of a worker, in seconds, and the first time, in milliseconds since the epoch, that it cannot tell of
-#: itself: it begins the year 9999, behind which there is no room to reckon with.
-_LONGEST_INTERVAL_S = 86_400
-_END_OF_TIME_MS = 253_370_764_800_000
 
 
 class Told(NamedTuple):
@@ -256,15 +253,15 @@ def worker_told(data: Mapping[str, Any]) -> WorkerTold:
     if (
         isinstance(interval_s, bool)
         or not isinstance(interval_s, (int, float))
-        or not 0 <= interval_s <= _LONGEST_INTERVAL_S
+        or not 0 <= interval_s <= LONGEST_INTERVAL_S
     ):
-        raise ValueError(f"interval_s={interval_s!r} is no number of seconds from 0 to {_LONGEST_INTERVAL_S}")
+        raise ValueError(f"interval_s={interval_s!r} is no number of seconds from 0 to {LONGEST_INTERVAL_S}")
     return WorkerTold(
         name=_name(data["worker"]),
         group=_text(data.get("group") or ""),
         state=_text(data.get("state") or "running"),
-        started_ms=_number(data.get("started") or 0, _END_OF_TIME_MS - 1),
-        seen=datetime.fromtimestamp(_number(data["at"], _END_OF_TIME_MS - 1) / 1000, UTC),
+        started_ms=_number(data.get("started") or 0, END_OF_TIME_MS - 1),
+        seen=datetime.fromtimestamp(_number(data["at"], END_OF_TIME_MS - 1) / 1000, UTC),
         interval_s=float(interval_s),
         data=data,
     )

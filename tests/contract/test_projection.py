@@ -842,6 +842,16 @@ def test_a_list_in_use_while_rows_are_written_is_whole(storage):
     assert set(seen) <= {3}
 
 
+def test_a_worker_whose_clock_is_ahead_does_not_outlive_its_last_word(storage, monkeypatch):
+    tape = Tape()
+    tape.worker("w1", at=now_ms() + 86_400_000, interval_s=0.5)
+    record(storage, tape)
+    assert [worker.state for worker in storage.history.list_workers()] == ["running"]
+    later = datetime.now(UTC) + timedelta(minutes=1)
+    monkeypatch.setattr("kser.storage.history.now", lambda: later)
+    assert [worker.state for worker in storage.history.list_workers()] == ["gone"]
+
+
 def test_workers_clocks_and_ours_may_differ_by_seconds(storage):
     tape = Tape()
     tape.worker("w1", at=now_ms() - 3000, interval_s=0.5)

@@ -136,7 +136,15 @@ def test_keys_are_those_of_the_events_and_the_name_of_the_worker():
 
 
 @pytest.mark.parametrize("raw", [None, b"", b"{", b"[]", b"5", b"{}", b'{"type": "task.progress"}', b'{"type": []}',
-                                 b'{"type": "worker.state", "group": "g", "running": 5}'])  # fmt: skip
+                                 b'{"type": "worker.state", "group": "g", "running": 5}',
+                                 b'{"type": "worker.state", "group": "g", "interval_s": "soon"}',
+                                 b'{"type": "worker.state", "group": "g", "interval_s": NaN}',
+                                 b'{"type": "worker.state", "group": "g", "at": 1e300}',
+                                 b'{"type": "worker.state", "group": "g", "at": 99999999999999999999}',
+                                 b'{"type": "worker.state", "group": "g", "partitions": {"t": 3}}',
+                                 b'{"type": "worker.state", "group": "g", "stats": {"done": null}}',
+                                 b'{"type": "worker.state", "group": "g", "running": [{"uuid": "u"}]}',
+                                 b'{"type": "worker.state", "group": "g", "reasons": [true]}'])  # fmt: skip
 def test_what_is_no_record_is_refused_and_passed_over(raw):
     with pytest.raises(ValidationError):
         loads(raw)
