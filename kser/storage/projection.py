@@ -322,9 +322,9 @@ class Projection:
             changed = self._changed(connection, batch.events, made, old)
             before = self._stored(connection, changed)
             self._add_events(connection, batch)
-            self._refold(connection, changed, before, batch)
-            new = {row.uuid for row in changed}
-            self._settle_roots(connection, _unsettled(batch, made, old, new), new)
+            begun = self._refold(connection, changed, before, batch)
+            roots = _unsettled(batch, made, old, {row.uuid for row in changed})
+            self._settle_roots(connection, roots, begun)
             shown = [told.about for told in batch.progress] + [told.about for told in batch.logs]
             ids = self._ids(connection, {told.uuid for told in shown})
             self._add_progress(connection, batch.progress, ids)
@@ -484,22 +484,23 @@ class Projection:
         rows: Sequence[_Old],
         before: Mapping[str, list[Told]],
         batch: Batch,
-    ) -> None:
+    ) -> set[str]:
         """Compute these rows anew from all of their events; what no event decides stays as it is.
 
-        Operations that others are in begin with the first of these, so they come last.
+        Operations that others are in begin with the first of these, so they come last. Gives the uuids of those.
         """
         if not rows:
-            return
+            return set()
         roots = set(batch.roots)
         events = {row.uuid: _together(before.get(row.uuid, ()), batch.by_uuid.get(row.uuid, ())) for row in rows}
         changes = [self._columns(row, own) for row in rows if (own := fold(events[row.uuid])) is not None]
-        around = {values["id"] for values in changes if values["uuid"] in roots}
-        self._update_builds(connection, [values for values in changes if values["id"] not in around])
-        began = self._began(connection, [values["uuid"] for values in changes if values["id"] in around])
-        for values in changes:
-            begin(values, began.get((values["uuid"], values["run"])))
-        self._update_builds(connection, [values for values in changes if values["id"] in around])
+        self._update_builds(connection, [values for values in changes if values["uuid"] not in roots])
+        last = {values["uuid"]: values for values in changes if values["uuid"] in roots}
+        began = self._began(connection, sorted(last))
+        for uuid, values in last.items():
+            begin(values, began.get((uuid, values["run"])))
+        self._update_builds(connection, list(last.values()))
+        return set(last)
 
     def _began(self, connection: Connection, roots: Sequence[str]) -> dict[tuple[str, int], datetime | None]:
         """When the first step of each run of these operations began."""

@@ -74,6 +74,16 @@ def test_an_operation_whose_first_task_runs_has_its_name_before_an_event_tells_i
     assert differences(storage, read(tape.records)) == []
 
 
+@pytest.mark.parametrize("size", [1, 1000])
+def test_an_operation_that_only_its_steps_tell_of_began_with_the_first_of_them(storage, size):
+    tape = Tape()
+    said = {"operation": "op", "parent": "op"}
+    tape.telemetry("task.started", "op/0", began=START_MS + 2000, **said)  # it lost its partition
+    tape.event("step.done", "op/0", began=START_MS + 500, status="SUCCESS", result=result("op/0"), **said)
+    record(storage, tape, size)
+    assert storage.history.get_operation("op").started == at(START_MS + 500)
+
+
 def test_a_nested_operation_is_a_branch_of_the_tree(storage):
     tape = Tape()
     said = {"operation": "op", "run": 1}
