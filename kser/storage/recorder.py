@@ -11,6 +11,7 @@ from kser.errors import Error, OffsetLostError, StorageError
 from kser.events import events_topic
 from kser.storage.projection import Batch, Projection, StaleError
 from kser.storage.sql import SqlStorage
+from kser.telemetry import telemetry_topic
 from kser.transport import Partition, Position, Record, Source, Transport
 from kser.worker.interpreter import collecting_rarely, quick_turns
 from kser.worker.topic_plan import Feature
@@ -30,6 +31,10 @@ _TURN_S: Final = 0.0001
 _POLL_S = 0.2
 #: Seconds between two looks for what died.
 _LOOK_S = 5.0
+#: Who is silent in the storage is silent once a recorder has kept up for so many seconds: in each of them it had a part
+#: of the telemetry, and what came was no whole batch, and told so many seconds ago at most.
+_CURRENT_S = 5.0
+_LATE_S = 60.0
 #: Seconds before the next try after a failure, doubled each time, and the longest.
 _AGAIN_S, _AGAIN_MOST_S = 0.2, 10.0
 _ANSWER_S = 10.0
@@ -45,7 +50,7 @@ def recorder_group(group: str, storage: str) -> str:
 
 def topics_of(group: str) -> list[str]:
     """The topics that a recorder follows."""
-    return [events_topic(group), f"{group}.telemetry"]
+    return [events_topic(group), telemetry_topic(group)]
 
 
 class Recorder:
@@ -76,8 +81,10 @@ class Recorder:
         self.recorded = 0
         #: What keeps it from recording; "" when it knows of nothing.
         self.problem = ""
-        #: When close_dead() was called last; and what the thread of the pool does.
+        #: When it was looked last for what died; and since when it could be told, None: what came was old.
         self._looked = 0.0
+        self._current_since: float | None = None
+        #: What the thread of the pool does.
         self._storing: Future[None] | None = None
 
     def stop(self) -> None:
@@ -141,8 +148,9 @@ class Recorder:
             self._place(source, projection)
             records = [record for record in records if record.of not in unplaced]
             prepared = None
+        current = self._is_current(source, records)
         if records or self._is_time_to_look():
-            self._storing = pool.submit(self._store, projection, records, prepared)
+            self._storing = pool.submit(self._store, projection, records, prepared, current)
 
     def _see_stored(self, source: Source) -> None:
         """Wait until nothing is being stored. Raises what went wrong there."""
@@ -156,6 +164,21 @@ class Recorder:
 
     def _is_time_to_look(self) -> bool:
         return time.monotonic() - self._looked > _LOOK_S
+
+    def _is_current(self, source: Source, records: Sequence[Record]) -> bool:
+        """Whether what is silent in the storage is silent: a recorder that catches up would take all for dead."""
+        now = time.monotonic()
+        late_ms = (time.time() - _LATE_S) * 1000
+        telemetry = telemetry_topic(self.group)
+        if (
+            len(records) >= self._batch
+            or not any(partition.topic == telemetry for partition in source.assignment())
+            or any(record.timestamp_ms < late_ms for record in records)
+        ):
+            self._current_since = None
+        elif self._current_since is None:
+            self._current_since = now
+        return self._current_since is not None and now - self._current_since >= _CURRENT_S
 
     def _poll(self, source: Source) -> list[Record]:
         try:
@@ -178,12 +201,12 @@ class Recorder:
 
     # -- in the thread of the pool -------------------------------------------------------------------------------------
 
-    def _store(self, projection: Projection, records: Sequence[Record], prepared: Batch | None) -> None:
+    def _store(self, projection: Projection, records: Sequence[Record], prepared: Batch | None, current: bool) -> None:
         if records:
             self._apply(projection, records, prepared)
         if self._is_time_to_look():
             self._looked = time.monotonic()
-            if closed := projection.close_dead():
+            if current and (closed := projection.close_dead()):
                 logger.info("%d task(s) of group %s do not run any more", closed, self.group)
 
     def _apply(self, projection: Projection, records: Sequence[Record], prepared: Batch | None = None) -> None:

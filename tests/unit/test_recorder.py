@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -207,6 +208,29 @@ def test_records_that_were_deleted_before_they_were_recorded_are_told_and_the_re
     with running(broker, storage):
         eventually(lambda: whole(broker, storage))
     assert "were deleted before they were recorded" in caplog.text
+
+
+def test_who_catches_up_takes_no_worker_for_dead_that_told_of_itself_later(broker, storage, monkeypatch):
+    monkeypatch.setattr("kser.storage.recorder._LOOK_S", 0.02)
+    monkeypatch.setattr("kser.storage.recorder._CURRENT_S", 0.5)
+    real, looks = Projection.close_dead, []
+    monkeypatch.setattr(Projection, "close_dead", lambda self: looks.append(real(self)))
+    tape, now_ms = Tape(), time.time_ns() // 1_000_000
+    began = now_ms - 3_600_000
+    tape.worker("w1", at=began, started=began)
+    tape.telemetry("task.started", "long", at=began, began=began)
+    for number in range(300):
+        tape.telemetry("task.progress", "long", began=began, current=number, total=300, n=number)
+    tape.worker("w1", at=now_ms, started=began, interval_s=60)
+    tape.records = [record._replace(key=b"w1") for record in tape.records]  # one partition: in this order
+    tell(broker, tape)
+    with running(broker, storage, batch=10):
+        eventually(lambda: len(looks) >= 3)
+        # It does look: here is one whose worker was never heard of.
+        tape.telemetry("task.started", "lost", at=began, began=began, worker="w2")
+        tell(broker, tape)
+        eventually(lambda: [found.uuid for found in storage.history.list_operations(states=["PENDING"])] == ["lost"])
+    assert [found.uuid for found in storage.history.list_operations(states=["RUNNING"])] == ["long"]
 
 
 def test_it_makes_the_topics_that_are_missing(broker, storage):
