@@ -177,10 +177,11 @@ def _sqlite(url: URL) -> Engine:
     @event.listens_for(engine, "connect")
     def prepare(raw: Any, _record: object) -> None:
         raw.isolation_level = None  # the module would begin transactions by itself, too late
-        # Batches of the recorder change more pages than fit into the usual cache of 2 MB, and fill a usual log of 4 MB.
+        # Batches of the recorder change more pages than fit into the usual cache of 2 MB, and fill a usual log of 4 MB;
+        # they write each page by itself. The size of pages is that of the file, if there is one.
         for pragma in (
-            *("foreign_keys=ON", "journal_mode=WAL", "synchronous=NORMAL"),
-            *("cache_size=-32768", "wal_autocheckpoint=10000"),
+            *("page_size=8192", "foreign_keys=ON", "journal_mode=WAL", "synchronous=NORMAL"),
+            *("cache_size=-32768", "wal_autocheckpoint=5000"),
         ):
             raw.execute(f"PRAGMA {pragma}")
 

@@ -42,6 +42,8 @@ _OF_OPERATIONS = frozenset({"operation.started", "operation.ended"})
 _STARTS = frozenset({"operation.started", "task.started"})
 #: Order within one attempt.
 _STEPS = {"run.sent": 0, "operation.started": 1, "message.waiting": 2, "task.started": 3, "step.retrying": 4}
+#: What decides something.
+_COUNTED = ENDS | _STEPS.keys()
 _STATUS = {
     "run.sent": Status.PENDING,
     "operation.started": Status.RUNNING,
@@ -57,7 +59,7 @@ def fold(events: Sequence[Told]) -> dict[str, Any] | None:
 
     JSON columns are given as values. Which is not in there stays as it is.
     """
-    counted = [event for event in events if event.type in ENDS or event.type in _STEPS]
+    counted = [event for event in events if event.type in _COUNTED]
     if not counted:
         return None
     last = counted[0]
@@ -136,8 +138,11 @@ def begin_and_end(root: dict[str, Any], steps: Sequence[dict[str, Any]], *, told
 
 
 def _kind(counted: Sequence[Told], last: Told) -> str:
-    if last.root == last.uuid or any(event.type in _OF_OPERATIONS for event in counted):
+    if last.root == last.uuid:
         return "operation"
+    for event in counted:
+        if event.type in _OF_OPERATIONS:
+            return "operation"
     return "task"
 
 
