@@ -15,11 +15,13 @@ A batch is one SQL transaction. What its records say by themselves is made out b
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, and_, case, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
+from kser.errors import StorageError
 from kser.progress import SEPARATOR
 from kser.status import Status
 from kser.storage.bulk import BulkInsert, BulkUpdate, Packed, all_rows, among, columns_of, to_time
@@ -121,7 +123,7 @@ class Projection:
         self._insert_events = BulkInsert(self._tables.event, _EVENT, dialect)
         #: Whether none of the rows of the last batch that might be there was: of operations around others, of the rest.
         self._new_before = [False, False]
-        #: Uuids of rows that are there and may be told of again, the newest at the end.
+        #: Uuids of rows that are there and may be told of again, in the order in which they were first told of.
         self._known: dict[str, None] = {}
         #: Next offset of each partition, as this process knows it is stored; None: nothing is stored.
         self._next: dict[Partition, int | None] = {}
@@ -211,7 +213,10 @@ class Projection:
             self._write(prepared, upto)
         except _GoneError:
             self._known.clear()
-            self._write(self.prepare(fresh), upto)
+            try:
+                self._write(self.prepare(fresh), upto)
+            except _GoneError:
+                raise StorageError("Rows were deleted while they were recorded") from None
         self._next |= upto
         return len(fresh)
 
@@ -228,8 +233,8 @@ class Projection:
         known.update(batch.going_on)
         for uuid in batch.ended:
             known.pop(uuid, None)
-        while len(known) > _KNOWN:
-            del known[next(iter(known))]
+        for uuid in list(islice(known, max(len(known) - _KNOWN, 0))):  # at once: each look for the first is a long one
+            del known[uuid]
 
     def is_new(self, record: Record) -> bool:
         """Whether it is of a partition that positions() was asked for, and behind all that is recorded of that."""

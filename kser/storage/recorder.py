@@ -196,6 +196,7 @@ class Recorder:
 
     def _place(self, source: Source, projection: Projection) -> None:
         """Go to where the storage says of the partitions that came."""
+        self._current_since = None
         for partition, offset in projection.positions(self._unplaced).items():
             source.seek(Position(*partition, -1 if offset is None else offset))
         self._unplaced.clear()
@@ -229,6 +230,7 @@ class Recorder:
 
     def _begin_again(self, source: Source) -> None:
         """Look again where to go on: what was polled was not stored."""
+        self._current_since = None
         self._unplaced.update(source.assignment())
 
     def _tell(self, exc: Error) -> None:
@@ -255,10 +257,12 @@ class Recorder:
 
     def on_assign(self, partitions: Sequence[Partition]) -> None:
         """See RebalanceListener."""
+        self._current_since = None
         self._unplaced.update(partitions)
 
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
         """See RebalanceListener. Whoever gets them finds all in the storage that was read here."""
+        self._current_since = None
         if self._storing is not None:
             wait([self._storing])  # whether it failed is seen after the poll
         self._unplaced.difference_update(partitions)
