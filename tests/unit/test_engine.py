@@ -1091,29 +1091,43 @@ def test_only_what_was_not_confirmed_is_sent_again(registry, transport):
     assert told.count(EventType.STEP_DONE) == 3  # the event that was not is there twice
 
 
-def test_a_static_member_that_is_fenced_joins_once_more_and_then_is_a_twin(registry, transport):
-    """The answer to its own join may have been lost with a broker: that looks like a twin."""
+class Fenced(Through):
+    """A source whose name another worker takes over once ``fenced`` is set."""
+
+    fenced = False
+
+    def poll(self, timeout_s, max_records=500):
+        if self.fenced:
+            self.on_fenced()
+            raise GroupError("Another worker took over the name w")
+        return self._sink.poll(timeout_s, max_records)
+
+    def on_fenced(self):
+        pass
+
+
+def fencing(transport, kind=Fenced):
+    """A transport, and the sources it has made."""
     made = []
-
-    class Fenced(Through):
-        fenced = False
-
-        def poll(self, timeout_s, max_records=500):
-            if self.fenced:
-                raise GroupError("Another worker took over the name w")
-            return self._sink.poll(timeout_s, max_records)
 
     class Transport(Wrapped):
         def source(self, group, **options):
-            made.append(Fenced(self._transport.source(group, **options)))
+            made.append(kind(self._transport.source(group, **options)))
             return made[-1]
+
+    return Transport(transport, lambda sink, _: sink), made
+
+
+def test_a_static_member_that_is_fenced_joins_once_more_and_then_is_a_twin(registry, transport):
+    """The answer to its own join may have been lost with a broker: that looks like a twin."""
+    fences, made = fencing(transport)
 
     @registry.subscribe
     class Step(Task):
         def run(self):
             pass
 
-    one = Running(registry, Transport(transport, lambda sink, _: sink), name="w")
+    one = Running(registry, fences, name="w")
     wait_for(lambda: one.worker.status().partitions == 2)
     made[0].fenced = True
     wait_for(lambda: len(made) == 2)
@@ -1128,33 +1142,24 @@ def test_a_static_member_that_is_fenced_joins_once_more_and_then_is_a_twin(regis
 
 def test_a_member_that_is_asked_to_stop_while_it_joins_once_more_ends_well(registry, transport):
     """A round that came with the stop was declined, and the client was fenced before poll() could say so."""
-    made = []
 
-    class Fenced(Through):
-        fenced = False
-
-        def poll(self, timeout_s, max_records=500):
-            if self.fenced:
-                one.worker.stop()
-                raise GroupError("Another worker took over the name w")
-            return self._sink.poll(timeout_s, max_records)
+    class Declining(Fenced):
+        def on_fenced(self):
+            one.worker.stop()
 
         def close(self, timeout_s=10):
             self._sink.close(timeout_s)
             if self.fenced:
                 raise loop._DeclinedError("Partitions that came are not taken over")
 
-    class Transport(Wrapped):
-        def source(self, group, **options):
-            made.append(Fenced(self._transport.source(group, **options)))
-            return made[-1]
+    fences, made = fencing(transport, Declining)
 
     @registry.subscribe
     class Step(Task):
         def run(self):
             pass
 
-    one = Running(registry, Transport(transport, lambda sink, _: sink), name="w")
+    one = Running(registry, fences, name="w")
     wait_for(lambda: one.worker.status().partitions == 2)
     made[0].fenced = True
     wait_for(lambda: not one.thread.is_alive())
