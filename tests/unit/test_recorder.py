@@ -11,6 +11,7 @@ from sqlalchemy.exc import DataError
 from kser.errors import ConfigurationError, StorageError
 from kser.events import read
 from kser.storage import get_storage_from_url
+from kser.storage.database import Database
 from kser.storage.memory import MemoryStorage
 from kser.storage.projection import Projection
 from kser.storage.recorder import Recorder, topics_of
@@ -231,6 +232,48 @@ def test_who_catches_up_takes_no_worker_for_dead_that_told_of_itself_later(broke
         tell(broker, tape)
         eventually(lambda: [found.uuid for found in storage.history.list_operations(states=["PENDING"])] == ["lost"])
     assert [found.uuid for found in storage.history.list_operations(states=["RUNNING"])] == ["long"]
+
+
+def test_a_recorder_whose_database_was_away_takes_no_worker_for_dead(broker, storage, monkeypatch):
+    """What came meanwhile is not read yet when the database is back."""
+    monkeypatch.setattr("kser.storage.recorder._LOOK_S", 0.02)
+    monkeypatch.setattr("kser.storage.recorder._CURRENT_S", 0.5)
+    monkeypatch.setattr("kser.storage.recorder._AGAIN_MOST_S", 0.2)
+    monkeypatch.setattr("kser.storage.history._LEAST_S", 2)
+    real, looks = Projection.close_dead, []
+    monkeypatch.setattr(Projection, "close_dead", lambda self: looks.append(real(self)))
+    began, away = time.time_ns() // 1_000_000, threading.Event()
+
+    def failing(call):
+        def called(self):
+            if away.is_set():
+                raise StorageError("connection refused")
+            return call(self)
+
+        return called
+
+    monkeypatch.setattr(Database, "read", failing(Database.read))
+    monkeypatch.setattr(Database, "write", failing(Database.write))
+
+    def lives(seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            tape.worker("w1", at=time.time_ns() // 1_000_000, started=began, interval_s=0.2)
+            tell(broker, tape)
+            time.sleep(0.1)
+
+    tape = Tape()
+    tape.telemetry("task.started", "long", at=began, began=began)
+    with running(broker, storage):
+        lives(1.5)
+        assert looks
+        away.set()
+        lives(3)
+        away.clear()
+        looks.clear()
+        lives(3)
+        assert looks
+        assert [found.status for found in storage.history.list_operations()] == ["RUNNING"]
 
 
 def test_it_makes_the_topics_that_are_missing(broker, storage):
