@@ -122,12 +122,14 @@ class _Kind:
 class _Hand:
     """One thread."""
 
-    __slots__ = ("abandoned", "chunk", "count", "item", "lock", "since", "thread", "told", "unit")
+    __slots__ = ("abandoned", "at", "chunk", "count", "item", "lock", "since", "thread", "told", "unit")
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         #: Records it has run.
         self.count = 0
+        #: What it has at hand: from before it looks whether that may begin, until after that is in ``finished``.
+        self.at: Item | None = None
         #: What it runs, and since when (time.monotonic()).
         self.item: Item | None = None
         self.since = 0.0
@@ -373,8 +375,11 @@ class Executor:
         return [hand for crew in crews if crew is not None for hand in tuple(crew.hands)]
 
     def running_of(self, closing: Collection[PartitionState]) -> bool:
-        """Whether a record of these runs."""
-        return any(item is not None and item.state in closing for item in (h.item for h in self._hands()))
+        """Whether a record of these runs; false only once what ran of them is in ``finished``.
+
+        For partitions that are closed: a thread notes what it has at hand before it looks whether that may begin.
+        """
+        return any(item is not None and item.state in closing for item in (h.at for h in self._hands()))
 
     def apart(self, state: PartitionState) -> int:
         """How many records of this partition have begun, are behind such a one, or wait for others of their class."""
@@ -541,8 +546,10 @@ class Executor:
                 while True:
                     count += 1
                     if self._held:
+                        hand.at = None
                         self._open.wait()
                         before = monotonic()
+                    hand.at = item
                     if item.state.closed and item.error is None:  # what ignored its timeout fails all the same
                         self._refuse(item, rest)
                         break
@@ -567,7 +574,7 @@ class Executor:
                     if not rest:
                         break
                     item = rest.popleft()
-            hand.chunk = hand.unit = None
+            hand.at = hand.chunk = hand.unit = None
             if count:
                 # Not the seconds they took: one wait for the GIL weighs as much as a hundred short tasks.
                 self._slow += (slow / count - self._slow) * min(count / _MEMORY, 1)

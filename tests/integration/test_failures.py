@@ -146,13 +146,13 @@ def test_delayed_messages_that_fell_due_while_no_worker_ran_run_once(group):
         failing.registry.configure(producer=producer, topic=at.topic)
         with producer.batch():
             for n in range(count):
-                failing.Good(params={"n": n}).send(delay=31 + n % 3)
+                failing.Good(params={"n": n}).send(delay=41 + n % 3)  # a worker keeps what is due within 30 s
         sent = time.time()
         with at.workers():  # it puts them into a tier, where they wait for the broker's clock
             tier = f"{at.name}.retry.10s"
             wait_for(lambda: len(records(at.bootstrap, tier)) >= count, 30, "the tier")
         assert not at.noted()
-        time.sleep(max(sent + 34 - time.time(), 0))  # what they wait for is the time itself
+        time.sleep(max(sent + 44 - time.time(), 0))  # what they wait for is the time itself
         with at.workers("--processes", "2"):
             wait_for(lambda: len(at.noted()) >= count, 60, "all of them")
             wait_for(lambda: at.unfinished() <= at.partitions, 30, "all settled")

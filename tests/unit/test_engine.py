@@ -9,12 +9,14 @@ from collections import deque
 import pytest
 
 from kser import Operation, OperationRegistry, Result, Task, Worker
+from kser.context import Control
 from kser.errors import ConfigurationError, DeliveryError, FencedError, GroupError, OffsetLostError, TransportError
 from kser.events import EventType, read
 from kser.producer import BaseProducer
 from kser.retry import Retry
 from kser.transport import OutRecord, Partition, Position, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
+from kser.transport.partitioner import partition_of
 from kser.worker import loop, members, processes
 from kser.worker import worker as worker_module
 from kser.worker.dispatch import Item
@@ -1364,6 +1366,49 @@ def test_what_waits_behind_a_retry_of_a_lost_partition_is_not_counted_for_ever(r
     engine.in_flight, engine.bytes_in_flight = 3, 15
     engine._take_back(deque(items[:1]))
     assert (engine.in_flight, engine.bytes_in_flight) == (0, 0)
+
+
+KEY_OF_1 = next(key for key in "abcdefgh" if partition_of(key.encode(), 2) == 1)
+
+
+@pytest.mark.parametrize("window", ["before it begins", "after it has ended"])
+def test_what_a_thread_has_at_hand_is_waited_for_when_its_partition_goes(
+    registry, transport, start, monkeypatch, window
+):
+    """Between two lines of the executor's thread a busy machine may do anything, a rebalance too."""
+    at_hand, go_on, runs = threading.Semaphore(0), threading.Event(), []
+
+    def slowly(function):
+        def slow(*args, **options):
+            made = function(*args, **options)
+            at_hand.release()
+            assert go_on.wait(10)
+            return made
+
+        return slow
+
+    if window == "before it begins":
+        monkeypatch.setattr(Runner, "open", slowly(Runner.open))
+    else:
+        monkeypatch.setattr(Control, "end", slowly(Control.end))
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            runs.append(self.params["n"])
+
+    Step(params={"n": 1}).send(key=KEY_OF_1)
+    one = start()
+    wait_for(lambda: at_hand.acquire(blocking=False))
+    other = start()
+    time.sleep(0.5)  # the first one is to let go of the partition
+    go_on.set()
+    wait_for(lambda: other.worker._loop and Partition(TOPIC, 1) in other.worker._loop.parts)
+    wait_for(lambda: max(committed_of(transport), default=0) == 1)
+    one.stop()
+    other.stop()
+    assert runs == [1]
+    assert (one.worker.stats["done"], other.worker.stats["done"]) == (1, 0)
 
 
 def committed_of(transport):
