@@ -357,10 +357,10 @@ def _log_line(row: Row[Any]) -> LogLine:
     )
 
 
-def worker_state(row: Row[Any]) -> str:
-    """What a worker told of its state; "gone" when it should have told something long ago."""
+def worker_state(row: Row[Any], at: datetime | None = None) -> str:
+    """What a worker told of its state; "gone" when it should have told something long ago, now or by then."""
     # In seconds: a row may hold an interval that no calendar has room for, or one that is no number.
-    overdue = (now() - row.seen).total_seconds() > max(_LEAST_S, _MISSED * row.interval_s)
+    overdue = ((at or now()) - row.seen).total_seconds() > max(_LEAST_S, _MISSED * row.interval_s)
     return "gone" if overdue and row.state != "stopped" else str(row.state)
 
 

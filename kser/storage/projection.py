@@ -18,7 +18,7 @@ from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, and_, case, delete, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, delete, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from kser.errors import StorageError
@@ -30,10 +30,11 @@ from kser.storage.folding import ENDED_WITH_OPERATION, ENDS, FOLDED, begin, begi
 from kser.storage.history import worker_state
 from kser.storage.records import RUN_SENT, LogTold, ProgressTold, Told, WorkerTold, name_of_root, of_root, parse, stored
 from kser.storage.schema import Tables
-from kser.storage.values import dump_any_json, from_ms, now
+from kser.storage.values import dump_any_json, from_ms, load_json, now
 from kser.transport import Partition, Record
+from kser.transport.partitioner import partition_of
 
-__all__ = ["Batch", "Projection", "StaleError"]
+__all__ = ["Batch", "Heard", "Projection", "StaleError"]
 
 _RUNNING = str(Status.RUNNING)
 #: Columns of JSON among those that fold() gives.
@@ -47,6 +48,8 @@ _EVENT = (
 )
 #: How many rows that are there are known of, so that they are not made again: 100 bytes each.
 _KNOWN = 100_000
+#: The end of a note at a task that waits because its worker is gone.
+_WAITS = ": it waits for another one"
 #: A worker that runs a task for so long has told of itself, if it ever does: that is every few seconds.
 _UNHEARD = timedelta(minutes=10)
 
@@ -71,6 +74,19 @@ class _Old(NamedTuple):
     run: int
     status: str
     start_time: Any
+
+
+class Heard(NamedTuple):
+    """Up to when it is known what workers told of themselves."""
+
+    #: Partitions of the telemetry topic: what a worker tells of itself goes to that of its name.
+    partitions: int
+    #: By the number of such a partition: all that was told there by then is stored.
+    until: Mapping[int, datetime]
+
+    def of(self, worker: str) -> datetime | None:
+        """Up to when it is known of this worker; None: it is not."""
+        return self.until.get(partition_of(worker.encode("utf-8", "surrogatepass"), self.partitions))
 
 
 class Batch(NamedTuple):
@@ -137,6 +153,10 @@ class Projection:
         looked_up = {partition: found.get(partition) for partition in partitions}
         self._next |= looked_up
         return looked_up
+
+    def is_stored(self, partition: Partition, end: int) -> bool:
+        """Whether this process knows that all of it below this offset is stored."""
+        return (self._next.get(partition) or 0) >= end
 
     def moved(self, partitions: Iterable[Partition]) -> set[Partition]:
         """Those of these partitions that are not stored as far as this process knew: another one moved them."""
@@ -259,27 +279,49 @@ class Projection:
                     ends[place] = record.offset + 1
         return fresh, {Partition(*place): end for place, end in ends.items()}
 
-    def close_dead(self) -> int:
+    def close_dead(self, heard: Heard | None = None) -> int:
         """See that nothing is RUNNING for ever; the number of tasks that were not running any more.
 
         A task whose worker is gone, or was never heard of, waits for another one: PENDING, until one
-        takes it up. A task whose operation has ended is ABORTED.
+        takes it up, or until its worker is heard of again and still runs it. A task whose operation has ended is
+        ABORTED.
+
+        Args:
+            heard: of whom it is known that they are silent, and do not just wait to be read; None: of all.
         """
-        build, worker = self._tables.build, self._tables.worker
-        running = and_(~build.c.finished, build.c.status == str(Status.RUNNING), build.c.kind == "task")
-        query = (
-            select(build.c.id, build.c.worker, build.c.start_time, build.c.created, build.c.uuid, worker)
-            .outerjoin(worker, and_(worker.c.name == build.c.worker, worker.c.group_name == build.c.group_name))
-            .where(running, build.c.worker.is_not(None))
-        )
+        build = self._tables.build
         with self._database.write() as connection:
             closed = self._end_steps(connection, None)
-            for row in connection.execute(query).all():
-                if (why := _why_gone(row)) is not None:
-                    values = {"status": str(Status.PENDING), "note": why}
-                    same = and_(build.c.id == row.id, running, build.c.worker == row.worker)
-                    closed += connection.execute(update(build).where(same).values(values)).rowcount
+            for row in self._with_workers(connection, Status.RUNNING):
+                at = now() if heard is None else heard.of(row.worker)
+                if at is not None and (why := _why_gone(row, at)) is not None:
+                    here = self._still(row, Status.RUNNING)
+                    waits = update(build).where(here).values(status=str(Status.PENDING), note=why)
+                    closed += connection.execute(waits).rowcount
+            for row in self._with_workers(connection, Status.PENDING):
+                if (row.note or "").endswith(_WAITS) and _runs(row):
+                    here = self._still(row, Status.PENDING)
+                    connection.execute(update(build).where(here).values(status=_RUNNING, note=None))
         return closed
+
+    def _with_workers(self, connection: Connection, status: Status) -> Sequence[Row[Any]]:
+        """Tasks of this group with this status that a worker has, or had, each with what that told of itself."""
+        build, worker = self._tables.build, self._tables.worker
+        of_worker = and_(worker.c.name == build.c.worker, worker.c.group_name == build.c.group_name)
+        query = (
+            select(build.c.id, build.c.worker, build.c.start_time, build.c.created, build.c.uuid, build.c.note, worker)
+            .outerjoin(worker, of_worker)
+            .where(~build.c.finished, build.c.status == str(status), build.c.kind == "task")
+            .where(build.c.worker.is_not(None), build.c.group_name == self._group)
+        )
+        return connection.execute(query).all()
+
+    def _still(self, row: Row[Any], status: Status) -> ColumnElement[bool]:
+        """Whether nothing has been recorded of a task meanwhile that matters."""
+        build = self._tables.build
+        return and_(
+            build.c.id == row.id, ~build.c.finished, build.c.status == str(status), build.c.worker == row.worker
+        )
 
     def add_workers(self, workers: Sequence[WorkerTold]) -> None:
         """Store what workers told of themselves, wherever that stands; what is newer of them stays."""
@@ -719,20 +761,28 @@ def _dump(values: dict[str, Any]) -> None:
             values[name] = dump_any_json(value)
 
 
-def _why_gone(row: Row[Any]) -> str | None:
-    """Why the task in this row does not run any more; None when it may."""
+def _why_gone(row: Row[Any], at: datetime) -> str | None:
+    """Why the task in this row did not run any more by then; None when it may have."""
     if row.name is None:
-        if now() - (row.start_time or row.created) < _UNHEARD:
+        if at - (row.start_time or row.created) < _UNHEARD:
             return None
-        return f"worker {row.worker} was never heard of: it waits for another one"
-    state = worker_state(row)
+        return f"worker {row.worker} was never heard of{_WAITS}"
+    state = worker_state(row, at)
     if state == "stopped":
-        return f"worker {row.worker} has stopped: it waits for another one"
+        return f"worker {row.worker} has stopped{_WAITS}"
     if state == "gone":
-        return f"worker {row.worker} was not heard of since {_shown(row.seen)}: it waits for another one"
+        return f"worker {row.worker} was not heard of since {_shown(row.seen)}{_WAITS}"
     if row.started is not None and row.start_time is not None and row.started - row.start_time > timedelta(seconds=1):
         return f"worker {row.worker} was started anew at {_shown(row.started)}: it waits to be taken up again"
     return None
+
+
+def _runs(row: Row[Any]) -> bool:
+    """Whether the worker in this row, which was taken for gone, tells that it runs the task."""
+    if row.name is None or worker_state(row) in ("gone", "stopped"):
+        return False
+    running = load_json(row.data).get("running")
+    return isinstance(running, list) and any(isinstance(one, dict) and one.get("uuid") == row.uuid for one in running)
 
 
 def _shown(time: datetime) -> str:

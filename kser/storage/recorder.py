@@ -5,12 +5,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import datetime
 from typing import Final
 
-from kser.errors import Error, OffsetLostError, StorageError
+from kser.errors import Error, OffsetLostError, StorageError, TransportError
 from kser.events import events_topic
-from kser.storage.projection import Batch, Projection, StaleError
+from kser.storage.projection import Batch, Heard, Projection, StaleError
 from kser.storage.sql import SqlStorage
+from kser.storage.values import now
 from kser.telemetry import telemetry_topic
 from kser.transport import Partition, Position, Record, Source, Transport
 from kser.worker.interpreter import collecting_rarely, quick_turns
@@ -32,10 +34,8 @@ _TURN_S: Final = 0.0001
 _POLL_S = 0.2
 #: Seconds between two looks for what died.
 _LOOK_S = 5.0
-#: Who is silent in the storage is silent once a recorder has kept up for so many seconds: in each of them it had a part
-#: of the telemetry, and what came was no whole batch, and told so many seconds ago at most.
-_CURRENT_S = 5.0
-_LATE_S = 60.0
+#: How long it may take to find out where a partition ends, in seconds.
+_END_S = 1.0
 #: Seconds before the next try after a failure, doubled each time, and the longest.
 _AGAIN_S, _AGAIN_MOST_S = 0.2, 10.0
 _ANSWER_S = 10.0
@@ -82,9 +82,12 @@ class Recorder:
         self.recorded = 0
         #: What keeps it from recording; "" when it knows of nothing.
         self.problem = ""
-        #: When it was looked last for what died; and since when it could be told, None: what came was old.
+        #: When it was looked last for what died.
         self._looked = 0.0
-        self._current_since: float | None = None
+        #: Where partitions of the telemetry ended, and when: who told nothing below that was silent by then. How many
+        #: partitions there are.
+        self._ends: dict[Partition, tuple[int, datetime]] = {}
+        self._partitions = 0
         #: What the thread of the pool does.
         self._storing: Future[None] | None = None
 
@@ -149,9 +152,11 @@ class Recorder:
             self._place(source, projection)
             records = [record for record in records if record.of not in unplaced]
             prepared = None
-        current = self._is_current(source, records)
-        if records or self._is_time_to_look():
-            self._storing = pool.submit(self._store, projection, records, prepared, current)
+        look = self._is_time_to_look()
+        if look:
+            self._find_ends(source)
+        if records or look:
+            self._storing = pool.submit(self._store, projection, records, prepared, look=look)
 
     def _see_stored(self, source: Source) -> None:
         """Wait until nothing is being stored. Raises what went wrong there."""
@@ -166,20 +171,24 @@ class Recorder:
     def _is_time_to_look(self) -> bool:
         return time.monotonic() - self._looked > _LOOK_S
 
-    def _is_current(self, source: Source, records: Sequence[Record]) -> bool:
-        """Whether what is silent in the storage is silent: a recorder that catches up would take all for dead."""
-        now = time.monotonic()
-        late_ms = (time.time() - _LATE_S) * 1000
-        telemetry = telemetry_topic(self.group)
-        if (
-            len(records) >= self._batch
-            or not any(partition.topic == telemetry for partition in source.assignment())
-            or any(record.timestamp_ms < late_ms for record in records)
-        ):
-            self._current_since = None
-        elif self._current_since is None:
-            self._current_since = now
-        return self._current_since is not None and now - self._current_since >= _CURRENT_S
+    def _find_ends(self, source: Source) -> None:
+        """Ask where the partitions of the telemetry end that this recorder has, but what it has asked and not reached.
+
+        Each recorder says of the workers that it hears itself which of them are silent: what another one has not read
+        yet is no silence.
+        """
+        topic = telemetry_topic(self.group)
+        own = [partition for partition in source.assignment() if partition.topic == topic]
+        self._ends = {partition: self._ends[partition] for partition in own if partition in self._ends}
+        try:
+            self._partitions = self._transport.admin().describe([topic], _END_S)[topic].partitions
+            for partition in own:
+                if partition not in self._ends:
+                    asked = now()
+                    low, high = source.watermarks(partition, _END_S)
+                    self._ends[partition] = (high if low < high else 0), asked  # of an empty one nothing is to come
+        except (TransportError, KeyError) as exc:
+            logger.debug("It is not looked for silent workers now: %s", exc)
 
     def _poll(self, source: Source) -> list[Record]:
         try:
@@ -196,20 +205,25 @@ class Recorder:
 
     def _place(self, source: Source, projection: Projection) -> None:
         """Go to where the storage says of the partitions that came."""
-        self._current_since = None
         for partition, offset in projection.positions(self._unplaced).items():
             source.seek(Position(*partition, -1 if offset is None else offset))
         self._unplaced.clear()
 
     # -- in the thread of the pool -------------------------------------------------------------------------------------
 
-    def _store(self, projection: Projection, records: Sequence[Record], prepared: Batch | None, current: bool) -> None:
+    def _store(self, projection: Projection, records: Sequence[Record], prepared: Batch | None, *, look: bool) -> None:
         if records:
             self._apply(projection, records, prepared)
-        if self._is_time_to_look():
-            self._looked = time.monotonic()
-            if current and (closed := projection.close_dead()):
-                logger.info("%d task(s) of group %s do not run any more", closed, self.group)
+        if look:
+            self._look(projection)
+
+    def _look(self, projection: Projection) -> None:
+        """Look for what died."""
+        self._looked = time.monotonic()
+        reached = [place for place, (end, _) in self._ends.items() if projection.is_stored(place, end)]
+        until = {place.partition: self._ends.pop(place)[1] for place in reached}
+        if closed := projection.close_dead(Heard(self._partitions, until)):
+            logger.info("%d task(s) of group %s do not run any more", closed, self.group)
 
     def _apply(self, projection: Projection, records: Sequence[Record], prepared: Batch | None = None) -> None:
         """Store these, but a record that no database takes: it must not keep the others out for ever."""
@@ -230,7 +244,6 @@ class Recorder:
 
     def _begin_again(self, source: Source) -> None:
         """Look again where to go on: what was polled was not stored."""
-        self._current_since = None
         self._unplaced.update(source.assignment())
 
     def _tell(self, exc: Error) -> None:
@@ -257,12 +270,10 @@ class Recorder:
 
     def on_assign(self, partitions: Sequence[Partition]) -> None:
         """See RebalanceListener."""
-        self._current_since = None
         self._unplaced.update(partitions)
 
     def on_revoke(self, partitions: Sequence[Partition]) -> None:
         """See RebalanceListener. Whoever gets them finds all in the storage that was read here."""
-        self._current_since = None
         if self._storing is not None:
             wait([self._storing])  # whether it failed is seen after the poll
         self._unplaced.difference_update(partitions)

@@ -12,10 +12,11 @@ from sqlalchemy import update
 from kser.errors import StorageError
 from kser.events import Event, read
 from kser.storage import bulk, migrate
-from kser.storage.projection import Projection, StaleError
+from kser.storage.projection import Heard, Projection, StaleError
 from kser.storage.values import clean_text
 from kser.tracebacks import TracebackInfo
 from kser.transport import Partition, Record
+from kser.transport.partitioner import partition_of
 from tests.recording import START_MS, Tape, differences, result, snapshot
 
 
@@ -423,6 +424,49 @@ def test_a_task_whose_worker_is_gone_waits_until_another_takes_it_up(storage, wo
     record(storage, tape)
     found = storage.history.get_operation("t")
     assert (found.status, found.worker, found.note) == ("RUNNING", "w2", "")
+
+
+def test_a_worker_that_was_silent_for_a_while_still_runs_what_it_says(storage):
+    tape = Tape()
+    tape.worker("w1", at=now_ms() - 60_000, started=now_ms() - 90_000)
+    for uuid in ("t", "dropped", "moved"):
+        tape.telemetry("task.started", uuid, began=now_ms() - 50_000)
+    projection = record(storage, tape)
+    assert projection.close_dead() == 3
+    tape.telemetry("task.started", "moved", began=now_ms(), worker="w2")
+    runs = [{"uuid": "t", "entrypoint": "shop.Task", "seconds": 50}, {"uuid": "moved"}, "no entry"]
+    tape.worker("w1", at=now_ms(), started=now_ms() - 90_000, running=runs)
+    assert record(storage, tape).close_dead() == 0
+    found = {uuid: storage.history.get_operation(uuid) for uuid in ("t", "dropped", "moved")}
+    assert {uuid: one.status for uuid, one in found.items()} == {
+        "t": "RUNNING",
+        "dropped": "PENDING",
+        "moved": "RUNNING",
+    }
+    assert (found["t"].worker, found["t"].note, found["moved"].worker) == ("w1", "", "w2")
+
+
+def test_a_worker_is_silent_only_as_far_as_what_it_tells_is_read(storage):
+    tape, told = Tape(), now_ms() - 60_000
+    of = partition_of(b"w1", 6)
+    tape.worker("w1", at=told, started=told)
+    tape.telemetry("task.started", "t", began=told)
+    projection, at = record(storage, tape), datetime.fromtimestamp(told / 1000, UTC)
+    assert projection.close_dead(Heard(6, {})) == 0
+    assert projection.close_dead(Heard(6, {(of + 1) % 6: datetime.now(UTC)})) == 0
+    assert projection.close_dead(Heard(6, {of: at + timedelta(seconds=10)})) == 0  # it was not late by then
+    assert projection.close_dead(Heard(6, {of: at + timedelta(seconds=20)})) == 1
+    assert storage.history.get_operation("t").status == "PENDING"
+
+
+def test_of_workers_of_another_group_nothing_is_said(storage):
+    tape = Tape("other")
+    tape.worker("w1", at=now_ms() - 60_000, started=now_ms() - 90_000)
+    tape.telemetry("task.started", "t", began=now_ms())
+    other = recorder(storage, tape, group="other")
+    other.apply(tape.records)
+    assert recorder(storage).close_dead() == 0
+    assert other.close_dead() == 1
 
 
 @pytest.mark.parametrize(

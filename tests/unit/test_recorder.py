@@ -213,9 +213,8 @@ def test_records_that_were_deleted_before_they_were_recorded_are_told_and_the_re
 
 def test_who_catches_up_takes_no_worker_for_dead_that_told_of_itself_later(broker, storage, monkeypatch):
     monkeypatch.setattr("kser.storage.recorder._LOOK_S", 0.02)
-    monkeypatch.setattr("kser.storage.recorder._CURRENT_S", 0.5)
     real, looks = Projection.close_dead, []
-    monkeypatch.setattr(Projection, "close_dead", lambda self: looks.append(real(self)))
+    monkeypatch.setattr(Projection, "close_dead", lambda self, heard: looks.append(real(self, heard)) or looks[-1])
     tape, now_ms = Tape(), time.time_ns() // 1_000_000
     began = now_ms - 3_600_000
     tape.worker("w1", at=began, started=began)
@@ -237,11 +236,10 @@ def test_who_catches_up_takes_no_worker_for_dead_that_told_of_itself_later(broke
 def test_a_recorder_whose_database_was_away_takes_no_worker_for_dead(broker, storage, monkeypatch):
     """What came meanwhile is not read yet when the database is back."""
     monkeypatch.setattr("kser.storage.recorder._LOOK_S", 0.02)
-    monkeypatch.setattr("kser.storage.recorder._CURRENT_S", 0.5)
     monkeypatch.setattr("kser.storage.recorder._AGAIN_MOST_S", 0.2)
     monkeypatch.setattr("kser.storage.history._LEAST_S", 2)
     real, looks = Projection.close_dead, []
-    monkeypatch.setattr(Projection, "close_dead", lambda self: looks.append(real(self)))
+    monkeypatch.setattr(Projection, "close_dead", lambda self, heard: looks.append(real(self, heard)) or looks[-1])
     began, away = time.time_ns() // 1_000_000, threading.Event()
 
     def failing(call):
@@ -274,6 +272,54 @@ def test_a_recorder_whose_database_was_away_takes_no_worker_for_dead(broker, sto
         lives(3)
         assert looks
         assert [found.status for found in storage.history.list_operations()] == ["RUNNING"]
+
+
+def test_what_a_recorder_that_hangs_has_not_read_is_no_silence_to_another(broker, storage, monkeypatch):
+    """Two of them share the telemetry; one stores nothing for a while, and the workers it hears live on."""
+    monkeypatch.setattr("kser.storage.recorder._LOOK_S", 0.02)
+    monkeypatch.setattr("kser.storage.history._LEAST_S", 2)
+    hangs, real_apply = threading.Event(), Projection.apply
+    real, closed = Projection.close_dead, []
+    monkeypatch.setattr(Projection, "close_dead", lambda self, heard: closed.append(real(self, heard)) or closed[-1])
+    began, names = time.time_ns() // 1_000_000, [f"w{number}" for number in range(8)]
+
+    def lives(seconds, silent=()):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            for name in names:
+                if name not in silent:
+                    tape.worker(name, at=time.time_ns() // 1_000_000, started=began, interval_s=0.2)
+            tell(broker, tape)
+            time.sleep(0.1)
+
+    def statuses():
+        return {found.worker: found.status for found in storage.history.list_operations(limit=20)}
+
+    tape = Tape()
+    for name in names:
+        tape.telemetry("task.started", f"of {name}", at=began, began=began, worker=name)
+    with running(broker, storage) as a, running(broker, storage) as b, running(broker, storage) as c:
+        eventually(lambda: a._projection and b._projection and c._projection)
+        have = [recorder._projection for recorder in (a, b, c)]
+        eventually(lambda: [len(one._next) for one in have] == [4, 4, 4])
+        telemetry = topics_of("shop")[1]
+        one, _ = [one for one in have if any(place.topic == telemetry for place in one._next)]
+        lives(1)
+
+        def apply(self, records, **options):
+            if self is one:
+                hangs.wait(20)
+            return real_apply(self, records, **options)
+
+        monkeypatch.setattr(Projection, "apply", apply)
+        closed.clear()
+        lives(4)
+        assert len(closed) > 10
+        assert set(statuses().values()) == {"RUNNING"}
+        hangs.set()
+        lives(4, silent={"w1", "w2"})
+        gone = {name for name, status in statuses().items() if status == "PENDING"}
+    assert gone == {"w1", "w2"}
 
 
 def test_it_makes_the_topics_that_are_missing(broker, storage):
