@@ -2,8 +2,9 @@
 
 First without a broker, from memory: no-op tasks that belong to no operation (one event each), operations of three
 tasks (five events), and the same with each event of an operation in another batch. Then as it is: one worker runs
-no-op tasks on a broker at full speed with the default events, and operations of three of them, all begun at once, so
-that their events lie far apart; and when it has ended a recorder reads what it told from there.
+no-op tasks on a broker at full speed with the default events, and operations of three of them: 2,000 open at any time,
+a new one for each that ends, then all begun at once, so that their events lie far apart. When it has ended a recorder
+reads what it told from there.
 PostgreSQL is one of the tests' own and commits to disk here, as a real one does. Telemetry has only tasks over 0.1 s.
 """
 
@@ -35,6 +36,8 @@ sys.path.insert(0, str(ROOT))
 from tests import postgresql
 from tests.recording import Tape, result
 
+#: Operations that are open in a steady stream of them: more, and the worker is no faster.
+_OPEN = 2000
 #: Longest time that a recorder may take.
 _LIMIT_S = 60
 
@@ -110,31 +113,38 @@ def worker(bootstrap, topic, group, count):
         process.wait(30)
 
 
-def chains(bootstrap, topic, group, count):
-    """Events a second that a worker tells of so many operations, and how many these are."""
+def chains(bootstrap, topic, group, count, side_by_side):
+    """Events a second that a worker tells of so many operations, of which so many are open; and how many these are."""
     with KserProducer({"bootstrap.servers": bootstrap}) as producer:
         registry.configure(producer=producer, topic=topic)
-        with producer.batch(timeout=120):
-            for _ in range(count):
-                Operation(tasks=[Noop(), Noop(), Noop()]).launch()
-    command = [sys.executable, "-m", "kser", "worker", "benchmarks/worker_app.py:registry", "--topics", topic]
-    process = subprocess.Popen(
-        [*command, "--group", group, "--bootstrap-servers", bootstrap, "--log-level", "error"], cwd=ROOT
-    )
-    try:
-        transport = ConfluentTransport({"bootstrap.servers": bootstrap})
-        while not transport.admin().describe([events_topic(group)]):
-            time.sleep(0.2)
-        reader = transport.reader([events_topic(group)], start="beginning")
-        times, ended, limit = [], 0, time.monotonic() + _LIMIT_S
-        while ended < count and time.monotonic() < limit:
-            for event in read(reader.poll(0.2)):
-                times.append(event.at)
-                ended += event.type == EventType.OPERATION_ENDED
-        reader.close()
-    finally:
-        process.terminate()
-        process.wait(60)
+
+        def launch(many):
+            with producer.batch(timeout=120):
+                for _ in range(many):
+                    Operation(tasks=[Noop(), Noop(), Noop()]).launch()
+            return many
+
+        launched = launch(side_by_side)
+        command = [sys.executable, "-m", "kser", "worker", "benchmarks/worker_app.py:registry", "--topics", topic]
+        process = subprocess.Popen(
+            [*command, "--group", group, "--bootstrap-servers", bootstrap, "--log-level", "error"], cwd=ROOT
+        )
+        try:
+            transport = ConfluentTransport({"bootstrap.servers": bootstrap})
+            while not transport.admin().describe([events_topic(group)]):
+                time.sleep(0.2)
+            reader = transport.reader([events_topic(group)], start="beginning")
+            times, ended, limit = [], 0, time.monotonic() + _LIMIT_S
+            while ended < count and time.monotonic() < limit:
+                for event in read(reader.poll(0.02)):
+                    times.append(event.at)
+                    ended += event.type == EventType.OPERATION_ENDED
+                if launched < count and (room := ended + side_by_side - launched) > 0:
+                    launched += launch(min(room, count - launched, 500))
+            reader.close()
+        finally:
+            process.terminate()
+            process.wait(60)
     assert ended == count
     return len(times) / (max(times) - min(times)) * 1000, len(times)
 
@@ -197,12 +207,14 @@ def main(kind, count):
             for database, url in urls.items():
                 stored = from_broker(bootstrap, group, url, count, count)
                 show(f"one recorder, {database}", stored, "events/s", f"{stored / rate:.2f} of the worker")
-            topic, group = make_topic(bootstrap), f"bench-{uuid.uuid4().hex[:8]}"
-            rate, events = chains(bootstrap, topic, group, count // 5)
-            show("one worker, operations, default events", rate, "events/s")
-            for database, url in urls.items():
-                stored = from_broker(bootstrap, group, url, events, count // 5)
-                show(f"one recorder, {database}", stored, "events/s", f"{stored / rate:.2f} of the worker")
+            many = count // 5
+            for side_by_side in (_OPEN, many):
+                topic, group = make_topic(bootstrap), f"bench-{uuid.uuid4().hex[:8]}"
+                rate, events = chains(bootstrap, topic, group, many, side_by_side)
+                show(f"one worker, {side_by_side} operations open of {many}, default events", rate, "events/s")
+                for database, url in urls.items():
+                    stored = from_broker(bootstrap, group, url, events, many)
+                    show(f"one recorder, {database}", stored, "events/s", f"{stored / rate:.2f} of the worker")
 
 
 if __name__ == "__main__":
