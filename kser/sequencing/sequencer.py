@@ -50,6 +50,8 @@ class Consequences:
 
     messages: list[Outgoing] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    #: Why an operation failed whose end one of the messages tells to others, who say so in an event; else None.
+    failure: Result | None = None
 
 
 def encode(kmsg: Message, limit: int = MAX_MESSAGE_BYTES) -> bytes:
@@ -508,6 +510,8 @@ class Sequencer:
                 out.messages.append(self._outgoing(kmsg, topic, key))
             except ValidationError:
                 return False
+        if not results.is_success(result):
+            out.failure = result
         return True
 
     def _outgoing(self, kmsg: Message, topic: str, key: str) -> Outgoing:

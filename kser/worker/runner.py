@@ -120,6 +120,12 @@ class Work:
         return self.cls is not None or ((itinerary := self.itinerary) is not None and itinerary.end is not None)
 
     @property
+    def tells_failure(self) -> bool:
+        """Whether it is no task, but tells the end of an operation that has failed."""
+        itinerary = self.itinerary
+        return itinerary is not None and itinerary.end is not None and itinerary.end.status == Status.FAILED
+
+    @property
     def subject(self) -> tuple[str, int]:
         """What an abort has to name to mean this: the uuid of the root operation, or of a lone task, and the run."""
         if self.plain is not None:
@@ -516,7 +522,13 @@ class Runner:
         return outcome
 
     def _keep_failed(self, records: list[OutRecord], work: Work, result: Result, status: str = Status.FAILED) -> None:
-        """Add the dead letter of a message that failed for good or was aborted, and the event that tells of it."""
+        """Add the dead letter of a message that failed for good or was aborted, and the event that tells of it.
+
+        Not of one that tells the end of an operation that had failed: what failed it was kept where it did, and is what
+        a new run begins with.
+        """
+        if work.tells_failure:
+            return
         itinerary, kmsg = work.itinerary, work.kmsg
         inside = itinerary is not None and bool(itinerary.frames)
         launches = work.cls is not None and issubclass(work.cls, Operation)
@@ -538,11 +550,15 @@ class Runner:
 
         Its next message could not be sent, or a hook of its end raised.
         """
+        if work.tells_failure:
+            return
         for event in consequences.events:
             if event.type == EventType.OPERATION_ENDED and event.status == Status.FAILED:
                 kept = event._replace(type=EventType.MESSAGE_DEAD_LETTERED, result=None, attempt=work.attempt)
                 self._keep(outcome.records, work.record, work.kmsg, event.result or work.kmsg.result, kept)
                 return
+        if consequences.failure is not None:
+            self._keep_failed(outcome.records, work, consequences.failure)
 
     def _keep(
         self, records: list[OutRecord], record: Record, kmsg: Message | None, result: Result, event: Event
@@ -578,6 +594,8 @@ class Runner:
         )
         if outcome.kind == "failed":
             self._keep_failed(outcome.records, work, operation.result)
+        else:
+            self._keep_failed_end(outcome, consequences, work)
         return outcome
 
     def _dispatch(self, kmsg: Message) -> Entrypoint:

@@ -407,6 +407,61 @@ def test_an_operation_whose_next_message_cannot_be_sent_leaves_a_letter(registry
     assert "the limit is" in headers.text(letter.headers, headers.ERROR)
 
 
+@pytest.mark.parametrize("fails", ["its task", "its next message"])
+def test_an_operation_that_fails_where_its_class_is_not_known_leaves_one_letter_and_is_resumed_there(
+    registry, transport, fails
+):
+    """Workers of one group with other classes and topics: the end goes to one that knows the class, for its hooks."""
+    ran, hooks = [], []
+    transport.admin().create([TopicSpec(name="ops", partitions=1)])
+    knows = OperationRegistry(producer=BaseProducer(transport.sink()), topic="ops")
+
+    class First(Task):
+        def run(self):
+            ran.append("first")
+            large = fails == "its next message" and len(ran) == 1
+            return Result(retval={"x": "x" * 1_200_000 if large else ""})
+
+    class Fails(Task):
+        def run(self):
+            ran.append("fails")
+            if not self.params.get("well"):
+                raise ValueError("no luck")
+
+    for each in (registry, knows):
+        for cls in (First, Fails):
+            each.subscribe(name=f"shop.{cls.__name__}", topic=TOPIC)(cls)
+
+    @knows.subscribe
+    class Order(Operation):
+        def build_tasks(self):
+            return [First(), Fails(params={"well": fails == "its next message"})]
+
+        def onerror(self, result):
+            hooks.append("onerror")
+
+        def onsuccess(self, result):
+            hooks.append("onsuccess")
+
+    order = Order().build()
+    assert order.launch().retcode == 0
+    steps = Running(registry, transport, delivery="exactly_once")
+    ends = Running(knows, transport, delivery="exactly_once", topics=["ops"])
+    wait_for(lambda: view(transport, order.uuid).status == "FAILED")
+    (letter,) = dead(transport)
+    ended = order.tasks[1 if fails == "its task" else 0]
+    assert Message.loads(letter.value).uuid == ended.uuid
+    told = events(transport, EventType.MESSAGE_DEAD_LETTERED)
+    assert [(event.uuid, event.operation) for event in told] == [(ended.uuid, order.uuid)]
+    DeadLetters(transport, GROUP).resume(order.uuid, params={"well": True})
+    wait_for(lambda: view(transport, order.uuid).status == "SUCCESS")
+    steps.stop()
+    ends.stop()
+    assert ran == (["first", "fails", "fails"] if fails == "its task" else ["first", "first", "fails"])
+    assert hooks == ["onerror", "onsuccess"]
+    assert len(dead(transport)) == 1
+
+
 # -- nobody can run it -------------------------------------------------------------------------------------------------
 
 

@@ -39,8 +39,8 @@ class Running:
 
     def __init__(self, registry, transport, **options):
         # Their threads take half a second to end; what is about them asks for them.
-        options = {"relay": False, "control": False, **options}
-        self.worker = Worker(registry, topics=[TOPIC], group=GROUP, transport=transport, **options)
+        options = {"topics": [TOPIC], "relay": False, "control": False, **options}
+        self.worker = Worker(registry, group=GROUP, transport=transport, **options)
         self.error = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
