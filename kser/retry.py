@@ -19,6 +19,8 @@ class Retry:
     of the group, and then those behind it go first, unless the class says ``order = "strict"``.
 
     A failure between attempts calls no hook, and its operation waits. After the last one the task fails as any other.
+    Of an Operation it is what comes before its first task that is tried again: build_tasks() and prerun(). A message
+    that no object can be made of, because a constructor or postinit() raises, fails at once.
 
     Args:
         attempts: how often it is run at most, the first time included.

@@ -41,6 +41,7 @@ from kser.control import abort as abort_operation
 from kser.control import pause as pause_group
 from kser.control import resume as resume_group
 from kser.events import events_topic, read
+from kser.letters import is_called
 from kser.status import Status
 from kser.transport import Reader, Transport
 
@@ -347,7 +348,8 @@ def _unknown_task(task: str, found: list[WorkerNote]) -> str:
     known = {name for note in found for name in note.entrypoints}
     if not found or task in known or not all(note.complete for note in found):
         return ""
-    close = difflib.get_close_matches(task, sorted(known), 3, _CLOSE)
+    close = sorted(name for name in known if is_called(name, task))
+    close = close or difflib.get_close_matches(task, sorted(known), 3, _CLOSE)
     meant = f" Is {' or '.join(map(one_line, close))} meant?" if close else " `kser workers` lists what they know"
     return f"no worker knows a class {one_line(task)}.{meant}"
 

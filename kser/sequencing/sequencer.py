@@ -50,7 +50,8 @@ class Consequences:
 
     messages: list[Outgoing] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    #: Why an operation failed whose end one of the messages tells to others, who say so in an event; else None.
+    #: Why an operation failed whose end one of the messages tells to others, who say so in an event, or which is
+    #: tried again; else None.
     failure: Result | None = None
 
 
@@ -209,7 +210,10 @@ class Sequencer:
         return out
 
     def operation_reached(self, operation: Operation, itinerary: Itinerary | None, topic: str) -> Consequences:
-        """The message of an Operation arrived: build it unless it came with its tasks, and send its first one."""
+        """The message of an Operation arrived: build it unless it came with its tasks, and send its first one.
+
+        Raises what it does before that, and is that tried again, nothing follows.
+        """
         out = Consequences()
         around = itinerary if itinerary is not None else Itinerary()
         if around.frames:
@@ -226,6 +230,8 @@ class Sequencer:
             except BaseException as exc:  # noqa: BLE001 - user code built it; sys.exit() in there ends the operation only
                 failure = results.from_exception(exc, operation.uuid)
                 operation._trace_back(exc)
+                if operation.retry is not None and operation._tried_again(operation.retry, failure, exc):
+                    return Consequences(failure=failure)
             if failure is None and not operation_todo(operation):
                 final = self._end(operation, operation.tasks[-1], operation.tasks[-1].result)
         root = around.root.uuid if around.frames else operation.uuid

@@ -662,10 +662,17 @@ class Executor:
         if told.aborts and (abort := told.aborted(*work.subject)) is not None:
             item.outcome = self._runner.abort(work, f"was {abort.reason}")
             return True
-        if item.control is None and told.paused_tasks and work.kmsg.entrypoint in told.paused_tasks:
+        if item.control is None and told.paused_tasks and self._is_paused(told, work):
             item.outcome = Outcome("delayed", again_s=_PAUSED_S)
             return True
         return False
+
+    def _is_paused(self, told: ControlWatch, work: Work) -> bool:
+        """Whether people paused the class of this, by whatever name it answers to."""
+        if work.kmsg.entrypoint in told.paused_tasks:
+            return True
+        find = self._runner.controller.find
+        return work.cls is not None and any(find(name) is work.cls for name in told.paused_tasks)
 
     def _run_here(self, item: Item, work: Work) -> Outcome:  # noqa: ARG002 - as for an isolated one
         return self._runner.execute(work)

@@ -416,7 +416,7 @@ class Runner:
                 outbox.trace = trace if trace.tells else None
             else:
                 if isinstance(entrypoint, Operation):
-                    return self._launch(work, entrypoint, outbox)
+                    return self._launch(work, entrypoint, outbox, control)
                 task = entrypoint if isinstance(entrypoint, Task) else None
                 outbox.derive_from(entrypoint.uuid)
                 entrypoint._control = control
@@ -469,6 +469,8 @@ class Runner:
         note = f"attempt {work.attempt} failed, the next one in {delay_s:.3g} s"
         event = step_event(task, result, work.itinerary)
         event = event._replace(type=EventType.STEP_RETRYING, status=Status.PENDING, run=work.subject[1], note=note)
+        if isinstance(task, Operation) and event.operation is None:
+            event = event._replace(operation=task.uuid)
         refused = partial(self._task_refused, task, work)
         return Outcome("retry", self._records([], [event], outbox), refused=refused, again_s=delay_s)
 
@@ -581,11 +583,15 @@ class Runner:
         )
         records += self._records([], [event._replace(note=f"kept in {self._dead_topic}")])
 
-    def _launch(self, work: Work, operation: Operation, outbox: _Outbox) -> Outcome:
+    def _launch(self, work: Work, operation: Operation, outbox: _Outbox, control: context.Control | None) -> Outcome:
         itinerary, topic = work.itinerary, work.record.topic
         if itinerary is None and (run := work.subject[1]) > 1:
             itinerary = Itinerary(run=run)  # it came back from the dead letters
+        operation._control = control
         consequences = self.sequencer.operation_reached(operation, itinerary, topic)
+        if control is not None and control.again_s is not None and consequences.failure is not None:
+            outbox.drop()
+            return self._again(work, operation, consequences.failure, control.again_s, outbox)
         outcome = self._outcome("failed" if operation.status == Status.FAILED else "done", consequences, outbox)
         outcome.refused = lambda error: self._refused(
             error,

@@ -131,6 +131,44 @@ def test_after_the_last_attempt_it_fails_as_any_other_and_its_message_is_kept(re
     assert "always" in headers.text(letter.headers, headers.ERROR)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("succeeds", [3, 9])
+def test_an_operation_whose_tasks_cannot_be_built_is_tried_again(registry, transport, start, nested, succeeds):
+    attempts, hooks = [], []
+
+    @registry.subscribe
+    class Step(Task):
+        def run(self):
+            attempts.append("step")
+
+    @registry.subscribe(retry=QUICK)
+    class Built(Operation):
+        def build_tasks(self):
+            attempts.append(len(attempts) + 1)
+            Step().send()  # leaves with what succeeds only
+            if attempts[-1] < succeeds:
+                raise ConnectionError("no catalogue")
+            return [Step()]
+
+        def onerror(self, result):
+            hooks.append(result)
+
+    start()
+    operation = Operation(tasks=[Built()]) if nested else Built()
+    operation.launch() if nested else operation.send()
+    wait_for(lambda: view(transport, operation.uuid).ended)
+    status = "SUCCESS" if succeeds == 3 else "FAILED"
+    assert view(transport, operation.uuid).status == status
+    told = events(transport, EventType.STEP_RETRYING)
+    assert [(event.attempt, event.operation, event.status) for event in told] == [
+        (1, operation.uuid, "PENDING"),
+        (2, operation.uuid, "PENDING"),
+    ]
+    assert "no catalogue" in told[0].result.stderr
+    wait_for(lambda: attempts == [1, 2, 3, *(["step"] * 2 if succeeds == 3 else [])])
+    assert len(hooks) == len(dead(transport)) == (succeeds != 3)
+
+
 def test_a_failure_that_the_policy_does_not_name_is_final_at_once(registry, transport, start):
     runs = []
 
@@ -987,6 +1025,33 @@ def test_a_paused_class_waits_and_others_of_other_keys_do_not(registry, transpor
     tell(transport, Change(f"pause:task:{slow.path}", None))
     wait_for(lambda: len(ran) == 6)
     wait_for(lambda: committed(transport) == 6)
+
+
+@pytest.mark.parametrize("name", ["shop.Charge", "shop.Pay"])
+def test_a_paused_class_waits_by_whatever_name_it_is_called(registry, transport, start, name):
+    ran = []
+
+    @registry.subscribe(name="shop.Charge", aliases=["shop.Pay"])
+    class Charge(Task):
+        def run(self):
+            ran.append(self.params["n"])
+
+    @registry.task
+    def other():
+        ran.append("other")
+
+    tell(transport, paused(PauseKind.TASK, name))
+    sink = transport.sink()
+    for n, called in enumerate(["shop.Charge", "shop.Pay"]):
+        value = Message(str(n), called, {"n": n}).dumps().encode()
+        sink.deliver([OutRecord(TOPIC, b"k%d" % n, value)])
+    other().send()
+    start(control=True)
+    wait_for(lambda: ran == ["other"])
+    time.sleep(0.2)
+    assert ran == ["other"]
+    tell(transport, Change(f"pause:task:{name}", None))
+    wait_for(lambda: sorted(map(str, ran)) == ["0", "1", "other"])
 
 
 @pytest.mark.parametrize("kind", [PauseKind.TOPIC, PauseKind.WORKER, PauseKind.GROUP])
