@@ -32,12 +32,12 @@ def build(
         ValidationError: a parameter is missing, or it is no operation and has an idempotency key.
         InternalError: the user's code raised, or gave nothing to do; the text has file and line.
     """
-    if idempotency_key and not issubclass(cls, Operation):
+    if idempotency_key is not None and not issubclass(cls, Operation):
         raise ValidationError(
             f"{wire_name(cls)} is a task, and only operations are started once: leave the key {idempotency_key} out"
         )
     try:
-        if idempotency_key and issubclass(cls, Operation):
+        if idempotency_key is not None and issubclass(cls, Operation):
             made: Entrypoint = cls(params=dict(params), idempotency_key=idempotency_key)
         else:
             made = cls(params=dict(params))

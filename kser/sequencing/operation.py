@@ -240,6 +240,13 @@ class Operation(Task):
         if self.status in (Status.FAILED, Status.ABORTED, Status.WAITING_FOR_INPUT):
             self.status = Status.PENDING
 
+    def _mark_aborted(self, failure: Result) -> None:
+        if not Status.parse(self.status).final:
+            try:
+                self._set_status(Status.ABORTED, failure)
+            except Exception:  # noqa: BLE001 - user code; it is logged
+                log_raised(self._logger, "set_status() of %r raised", self)
+
     def _mark(self, result: Result) -> None:
         status = Status.SUCCESS if results.is_success(result) else Status.FAILED
         if self.status in (Status.SUCCESS, Status.FAILED) and self.status != status:
@@ -296,7 +303,7 @@ class Operation(Task):
         if failure is not None:
             return failure
         last, todo = self.result, list(self.tasks)
-        while todo:
+        while todo and not self._is_called_off():
             task = todo.pop(0)
             last = task.execute(last) if safe else task.unsafe_execute(last)
             if not results.is_success(last):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 from kser import context, eventloop, results
 from kser.entry import Entrypoint, EntrypointMeta, Finder, set_up, wire_name
-from kser.errors import ConfigurationError, ValidationError
+from kser.errors import AbortedError, ConfigurationError, ValidationError
 from kser.headers import NOT_BEFORE, Headers
 from kser.results import Result
 from kser.schemas import Message
@@ -143,6 +143,7 @@ class Task(Entrypoint):
             result is None
             and self._broken is None
             and self.status == Status.PENDING
+            and (self._control is None or self._control.aborted is None)
             and (runs := (EntrypointMeta.facts.get(type(self)) or facts_of(type(self))).runs)
             and runs.isdisjoint(self.__dict__)
             and not self._logger.isEnabledFor(logging.DEBUG)
@@ -168,8 +169,11 @@ class Task(Entrypoint):
             return self._finish(results.from_exception(cause, uuid), cause)
         finally:
             context._task.reset(token)
-        if self._control is not None and (late := self._overran(None)) is not None:
-            return self._finish(results.from_exception(late, uuid), late)  # what it still gave came too late
+        if self._control is not None:
+            if (late := self._overran(None)) is not None:
+                return self._finish(results.from_exception(late, uuid), late)  # what it still gave came too late
+            if self._is_called_off():
+                return self._call_off()
         forwarded = self._result
         if ran is None:
             done = Result(uuid=uuid) if forwarded is None else results.forward(forwarded, uuid)
@@ -188,9 +192,29 @@ class Task(Entrypoint):
     def _execute(self, result: Result | None, perform: Callable[[], Result]) -> Result:
         if self.status == Status.SUCCESS:
             return self.result  # not run again: what it gave is handed on
+        if self._is_called_off():
+            return self._call_off()
         if self._broken is None:
             self._start()
         return super()._execute(result, perform)
+
+    def _finish(self, result: Result, cause: BaseException | None = None) -> Result:
+        return self._call_off() if self._is_called_off() else super()._finish(result, cause)
+
+    def _is_called_off(self) -> bool:
+        """Whether abort() was called on this object. Not on a worker, which says itself what became of an abort."""
+        control = self._control
+        return control is not None and control.aborted == "aborted" and context.current_delivery() is None
+
+    def _call_off(self) -> Result:
+        """End as aborted: no hook is called."""
+        failure = results.from_exception(AbortedError(f"{self.path} was aborted"), self.uuid)
+        self._mark_aborted(failure)
+        self.result = failure
+        return failure
+
+    def _mark_aborted(self, failure: Result) -> None:  # noqa: ARG002 - an Operation tells it
+        self.status = Status.ABORTED
 
     def _start(self) -> None:
         if self.status in (Status.FAILED, Status.ABORTED, Status.WAITING_FOR_INPUT):
@@ -265,26 +289,46 @@ class Task(Entrypoint):
             return producer.send(target, kmsg, timeout, key=key or self.key, headers=headers)
         return producer.send(target, kmsg, timeout, key=key or self.key)
 
-    def abort(self, *, group: str = "kser", run: int | None = None, why: str = "", timeout: float = 60) -> Result:
+    def abort(
+        self,
+        *,
+        group: str = "kser",
+        run: int | None = None,
+        why: str = "",
+        timeout: float = 60,
+        producer: "Operator | None" = None,
+    ) -> Result:
         """Tell the workers of ``group`` that this is to end: a task that is running sees it, nothing more is run of it.
 
         Its end is told in the events, ABORTED, and cannot be taken back; doing it again changes nothing. A task of an
-        operation is refused: abort the operation.
+        operation is refused: abort the operation. This object is aborted too, once the workers are told: execute() does
+        not run it, and ``aborted`` of one that runs in this process says so.
 
         Args:
             group: the workers' group.
             run: the last run that is meant. None: the newest that the events tell of.
             why: for people.
             timeout: seconds for all of it.
+            producer: tells them; default that of the registry.
 
         Returns: a Result; failed when it has ended already, or the workers may not hear of it.
 
-        Raises ConfigurationError when there is no producer that can tell them.
+        Raises ConfigurationError when there is no producer that can tell them; this object is aborted all the same.
         """
-        home = self.home
-        return _operator(home.producer if home is not None else None).abort(
-            self.uuid, group=group, run=run, why=why, timeout=timeout
-        )
+        try:
+            operator = _operator(producer, self.home)
+        except ConfigurationError:
+            self._abort_here()
+            raise
+        told = operator.abort(self.uuid, group=group, run=run, why=why, timeout=timeout)
+        if results.is_success(told):
+            self._abort_here()
+        return told
+
+    def _abort_here(self) -> None:
+        if self._control is None:
+            self._control = context.Control()
+        self._control.aborted = self._control.aborted or "aborted"
 
     @classmethod
     def resume(
@@ -295,8 +339,11 @@ class Task(Entrypoint):
         params: Mapping[str, Any] | None = None,
         step: str | int | None = None,
         timeout: float = 60,
+        producer: "Operator | None" = None,
     ) -> Result:
         """Begin a new run of what failed, of this uuid, with what it had: an operation goes on at the failed step.
+
+        Of any class: ``Operation.resume(uuid, producer=...)`` needs none of its own.
 
         Args:
             uuid: of the root operation, or of a task of none.
@@ -304,16 +351,14 @@ class Task(Entrypoint):
             params: these take the place of that step's parameters of the same names.
             step: begin at another step: its name, or its position from 0.
             timeout: seconds to read what is needed, and to be confirmed; each.
+            producer: sends it; default that of the class's registry.
 
         Returns: a Result, ``retval["run"]`` is the new run. Failed, with the reason, while the operation is alive and
             when there is nothing to resume it from. Resumed several times at once, by whomever, it is run once.
 
         Raises ConfigurationError when there is no producer that can do it.
         """
-        home = cls._home
-        return _operator(home.producer if home is not None else None).resume(
-            uuid, group=group, params=params, step=step, timeout=timeout
-        )
+        return _operator(producer, cls._home).resume(uuid, group=group, params=params, step=step, timeout=timeout)
 
     @classmethod
     def init_by_id(cls, _id: str) -> "Task":
@@ -437,13 +482,13 @@ def not_before(delay: float | None, at: datetime | None) -> Headers:
 _LONGEST_DELAY_S = 315_360_000
 
 
-def _operator(producer: MessageSender | None) -> Operator:
-    """The producer, when it can abort and resume."""
+def _operator(given: "Operator | None", home: Home | None) -> Operator:
+    """The producer that is given, else that of the registry, when it can abort and resume."""
+    producer: Any = given if given is not None or home is None else home.producer
     if producer is None or not hasattr(producer, "abort") or not hasattr(producer, "resume"):
         raise ConfigurationError(
-            "No producer that can abort and resume is configured: subscribe the class to a registry made with "
-            "OperationRegistry(producer=kser.confluent.producer.Producer(config)), or call "
-            "registry.configure(producer=...)"
+            "No producer that can abort and resume is known here: give producer=kser.confluent.producer.Producer(...), "
+            "or subscribe the class to a registry that has one (registry.configure(producer=...))"
         )
     return cast("Operator", producer)
 

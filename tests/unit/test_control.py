@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kser import OperationRegistry, control, headers
+from kser import Operation, OperationRegistry, Result, Task, control, headers
 from kser.cli.connection import Drivers
 from kser.cli.main import cli
 from kser.control import (
@@ -33,6 +33,7 @@ from kser.transport import OutRecord, Partition, Record, TopicSpec
 from kser.transport.memory import MemoryTransport
 from kser.worker import control as watching
 from kser.worker.control import ControlWatch
+from tests.unit.fakes import FakeProducer
 
 GROUP = "shop"
 TOPIC = "shop.control"
@@ -1075,3 +1076,116 @@ def test_a_task_and_a_producer_can_name_the_run_that_they_abort(transport, tell)
     assert charge(uuid="lone-1").abort(group=GROUP, run=3, why="night").retval == {"run": 3}
     assert [decode(record).entry[:2] for record in transport.records(TOPIC)] == [("op-1", 2), ("lone-1", 3)]
     producer.close()
+
+
+# -- abort() of an object: D-23 to D-25 --------------------------------------------------------------------------------
+
+
+class Telling(FakeProducer):
+    """A producer that can abort and resume, and answers as it is told."""
+
+    def __init__(self, answer=0):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    def abort(self, uuid, **options):
+        self.asked.append(("abort", uuid, options["group"]))
+        return Result(uuid=uuid, retcode=self.answer)
+
+    def resume(self, uuid, **options):
+        self.asked.append(("resume", uuid, options["group"]))
+        return Result(uuid=uuid, retval={"run": 2})
+
+
+def called_off(kind, hooks):
+    class Step(Task):
+        def run(self):
+            hooks.append("run")
+
+        def onerror(self, result):
+            hooks.append("onerror")
+
+    class Order(Operation):
+        def build_tasks(self):
+            return [Step(), Step()]
+
+        def onerror(self, result):
+            hooks.append("onerror")
+
+    return (Step if kind == "task" else Order)()
+
+
+@pytest.mark.parametrize("kind", ["task", "operation"])
+def test_what_was_aborted_before_it_was_executed_is_not_run(kind):
+    hooks, producer = [], Telling()
+    made = called_off(kind, hooks)
+    assert made.aborted is None
+    for _ in range(2):  # once more changes nothing
+        assert made.abort(group=GROUP, producer=producer).retcode == 0
+        assert made.aborted == "aborted"
+    assert producer.asked == [("abort", made.uuid, GROUP)] * 2
+    with pytest.raises(AttributeError):
+        made.aborted = None
+    for _ in range(2):
+        result = made.execute()
+        assert (result.retcode, made.status) == (409, "ABORTED")
+        assert "was aborted" in result.stderr
+    assert hooks == []
+
+
+def test_what_the_workers_refuse_to_abort_is_not_aborted_here():
+    hooks = []
+    made = called_off("task", hooks)
+    assert made.abort(group=GROUP, producer=Telling(answer=409)).retcode == 409
+    assert made.aborted is None
+    assert made.execute().retcode == 0
+
+
+def test_without_a_producer_it_is_aborted_here_and_said_that_nobody_else_knows():
+    made = called_off("task", [])
+    with pytest.raises(ConfigurationError, match="give producer="):
+        made.abort()
+    assert (made.execute().retcode, made.status) == (409, "ABORTED")
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_task_that_runs_in_this_process_sees_it_and_is_aborted_whatever_it_gives(hooked, raises):
+    hooks = []
+
+    class Step(Task):
+        def run(self):
+            self.abort(group=GROUP, producer=Telling())
+            assert self.aborted == "aborted"
+            if raises:
+                raise ValueError("gave up")
+
+    if hooked:
+        Step.onsuccess = Step.onerror = lambda self, result: hooks.append(result)
+    step = Step()
+    assert (step.execute().retcode, step.status, hooks) == (409, "ABORTED", [])
+
+
+def test_an_operation_that_runs_in_this_process_starts_nothing_more():
+    ran = []
+
+    class Step(Task):
+        def run(self):
+            ran.append(self.params["n"])
+            if self.params["n"] == 1:
+                order.abort(group=GROUP, producer=Telling())
+
+    class Order(Operation):
+        def build_tasks(self):
+            return [Step(params={"n": n}) for n in range(4)]
+
+    order = Order()
+    assert (order.execute().retcode, order.status, ran) == (409, "ABORTED", [0, 1])
+
+
+def test_operation_resume_needs_no_class_but_a_producer():
+    producer = Telling()
+    assert Operation.resume("u-1", group=GROUP, producer=producer).retval == {"run": 2}
+    assert producer.asked == [("resume", "u-1", GROUP)]
+    with pytest.raises(ConfigurationError, match="give producer="):
+        Operation.resume("u-1")
