@@ -191,26 +191,30 @@ def replay(
     """
     letters = _letters(connection, group)
     with connection.patience():
-        chosen = _chosen(letters, ids, filters, everything, replayed=False)
+        chosen = found = _chosen(letters, ids, filters, everything, replayed=False)
         if not ids and not force:
-            chosen = [letter for letter in chosen if not letter.aborted]
+            chosen = [letter for letter in found if not letter.aborted]
         outcomes = letters.replay(chosen, dry_run=dry_run, force=force, params=params)
     if output == "json":
         write_json([outcome_as_json(outcome) for outcome in outcomes])
     else:
         for line in outcome_lines(outcomes):
             click.echo(line)
-        click.echo(_replay_sum(outcomes, dry_run=dry_run))
+        click.echo(_replay_sum(outcomes, len(found) - len(chosen), dry_run=dry_run))
     if any(outcome.status in ("refused", "failed") for outcome in outcomes):
         ctx.exit(FAILED)
 
 
-def _replay_sum(outcomes: Sequence[Replay], *, dry_run: bool) -> str:
+def _replay_sum(outcomes: Sequence[Replay], aborted: int, *, dry_run: bool) -> str:
+    if not outcomes and aborted:
+        return f"Nothing to replay: {aborted} that match were aborted (--force replays them, or name them by their ids)"
     if not outcomes:
         return "Nothing to replay: no dead letter matches that was not replayed already"
     numbers = {status: sum(it.status == status for it in outcomes) for status in ("ready", "sent", "refused", "failed")}
     words = {"ready": "would be sent", "sent": "sent", "refused": "refused", "failed": "not confirmed"}
     told = ", ".join(f"{number} {words[status]}" for status, number in numbers.items() if number)
+    if aborted:
+        told += f"; {aborted} left out that were aborted"
     return f"{told}; nothing was sent (--dry-run)" if dry_run else told
 
 

@@ -1366,7 +1366,7 @@ class Loop:
         settle_id = self._settle_id()
         positions = []
         for state in closing:
-            if state.marked and not state.gone:
+            if (state.marked or state.was_open) and not state.gone:
                 with contextlib.suppress(ValidationError):
                     positions.append(state.commit_point(settle_id, _offsets_of(state, self.pending), clean=True))
         if not positions:

@@ -643,6 +643,18 @@ def test_a_partition_is_open_while_it_is_worked_on_and_closed_when_it_is_let_go_
     assert [decode(p.offset, p.metadata).open for p in stored(transport)] == [False]
 
 
+def test_who_finds_a_crash_and_runs_nothing_lets_go_of_the_partition_all_the_same(registry, transport, start):
+    leave(transport, encode("x", 0, 0, [], open_=True))
+    found = []
+    for _ in range(3):
+        one = start()
+        wait_for(lambda one=one: one.worker.status().partitions == 2)
+        one.worker.stop()
+        one.stop()
+        found.append(one.worker.stats["crashes found"])
+    assert found == [1, 0, 0]
+
+
 def test_each_crash_counts_for_what_may_have_been_running_and_not_for_what_came_later():
     of = Partition("t", 0)
     position, counts = Position("t", 0, 100, encode("i", 100, 100, (), open_=True)), []
