@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from kser import context
 from kser.masking import mask_text
-from kser.tracebacks import TracebackInfo
+from kser.tracebacks import TracebackInfo, hide, secret_values
 
 __all__ = ["JobControlLogHandler", "LogFields", "fields_of", "installed"]
 
@@ -59,9 +59,11 @@ _busy = threading.local()
 def fields_of(record: logging.LogRecord) -> LogFields:
     """What is kept of a log record. Raises what its formatting raises."""
     message = record.getMessage()
+    exc = record.exc_info[1] if record.exc_info else None
+    if exc is not None:
+        message = hide(message, secret_values(exc))
     if len(message) > MAX_MESSAGE:
         message = message[: MAX_MESSAGE - 3] + "..."
-    exc = record.exc_info[1] if record.exc_info else None
     trace = TracebackInfo.from_exception(exc).fitted(MAX_TRACE_BYTES).dump() if exc is not None else None
     return {
         "level": record.levelno,

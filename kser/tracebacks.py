@@ -43,6 +43,8 @@ _MAX_ENTRIES: Final = 100
 _MAX_DEPTH: Final = 6
 #: A masked value that is shorter is not looked for in other texts: it may be a part of many words.
 _MIN_SECRET: Final = 6
+_LEAST_SECRET_NUMBER: Final = 10 ** (_MIN_SECRET - 1)
+_LARGEST_SECRET_NUMBER: Final = 10**100
 #: Levels of nesting that are looked through for them, and names that are looked at in all.
 _DEEPEST_LOOK: Final = 3
 _MOST_LOOKS: Final = 5000
@@ -408,6 +410,9 @@ def _note(value: Any, depth: int, secrets: _Secrets) -> None:
         if len(value) >= _MIN_SECRET:
             secrets.values.add(repr(bytes(value))[2:-1])
             secrets.values.add(value.decode("utf-8", "backslashreplace"))
+    elif kind is int:
+        if _LEAST_SECRET_NUMBER <= abs(value) < _LARGEST_SECRET_NUMBER:
+            secrets.values.add(str(abs(value)))
     elif kind in _BRACKETS and depth < _MAX_DEPTH:
         for entry in itertools.islice(value.values() if kind is dict else value, _MAX_ENTRIES):
             _note(entry, depth + 1, secrets)
@@ -417,8 +422,8 @@ def secret_values(exc: BaseException) -> list[str]:
     """The values that must not be shown in a text about this exception, longest first.
 
     They are those of variables, attributes of objects and entries of dicts whose name looks secret, in what the frames
-    of ``exc``, of what it came from and of those in a group have, a few levels deep; of at least 6 characters. Objects
-    are only looked at: nothing of theirs is called. Never raises.
+    of ``exc``, of what it came from and of those in a group have, a few levels deep; of at least 6 characters or
+    digits. Objects are only looked at: nothing of theirs is called. Never raises.
     """
     secrets = _Secrets()
     _search(_variables_behind(exc, []), secrets)
@@ -483,6 +488,8 @@ def _search(level: _Named, secrets: _Secrets) -> None:
         for name, value in level[:left]:
             kind = type(value)
             if kind in _BARE:
+                if kind is int and name and looks_secret_by(name, words):
+                    _note_secret(name, value, secrets)
                 continue
             if name and looks_secret_by(name, words):
                 _note_secret(name, value, secrets)

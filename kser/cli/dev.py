@@ -28,7 +28,7 @@ from kser.cli.storage import open_sql
 from kser.errors import ConfigurationError
 from kser.loading import file_of
 from kser.storage.urls import STORAGE_VARIABLE, safe_url
-from kser.transport import Transport
+from kser.transport import EMBEDDED_CLUSTERS, Transport
 from kser.worker.shutdown import stopping_on_signals
 from kser.worker.topic_findings import count
 
@@ -47,6 +47,8 @@ _LOOK_MS: Final = 300
 _TOGETHER_MS: Final = 300
 #: Longest wait for the registry to be looked at, in seconds.
 _LOADED_S: Final = 60.0
+#: For the new broker to answer, in seconds.
+_ANSWER_S: Final = 10.0
 #: What belongs to other brokers and workers, and would get in the way here.
 _FOREIGN: Final = (
     *("KSER_KAFKA_", "KSER_BOOTSTRAP_SERVERS", "KSER_CONFIG_FILE", "KSER_TOPIC", "KSER_GROUP", "KSER_DELIVERY"),
@@ -150,8 +152,12 @@ def _hanging_up(stop: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _recording(transport: Transport, storage: str, group: str) -> Iterator[None]:
+    from kser.storage.projection import Projection  # here: it loads SQL
+
     with open_sql(storage) as history:
         history.prepare()
+        projection = Projection(history.database, transport.admin().cluster_id(_ANSWER_S), group)
+        projection.end_lost(EMBEDDED_CLUSTERS)  # what went on when it was ended last
         with recording(transport, history, group):
             yield
 

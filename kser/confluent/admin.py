@@ -21,12 +21,10 @@ from kser.confluent.config import admin_config, new_client
 from kser.confluent.errors import kafka_errors, translate, unanswered
 from kser.confluent.logs import ClientState
 from kser.errors import Error, TransportError
-from kser.transport import Partition, Position, TopicInfo, TopicSpec
+from kser.transport import EMBEDDED_CLUSTERS, Partition, Position, TopicInfo, TopicSpec
 
 __all__ = ["ConfluentAdmin"]
 
-#: How the cluster id of librdkafka's mock cluster begins, which is the embedded broker.
-_MOCK_PREFIX: Final = "mockCluster"
 #: Longest wait for answers that are needed inside other calls.
 _LOOK_S: Final = 5.0
 #: Longest single question, so that a refusal or another broker is noticed before the whole time is over.
@@ -69,7 +67,7 @@ class ConfluentAdmin:
 
     def can_create(self, timeout_s: float = 10) -> bool:
         """See TopicAdmin."""
-        return not self.cluster_id(timeout_s).startswith(_MOCK_PREFIX)
+        return not self.cluster_id(timeout_s).startswith(EMBEDDED_CLUSTERS)
 
     def describe(self, names: Sequence[str], timeout_s: float = 10) -> dict[str, TopicInfo]:
         """See TopicAdmin. Creates nothing on any broker."""

@@ -118,7 +118,7 @@ class StorageBase(ABC):
 
     @abstractmethod
     def delete_build(self, build_id: int) -> None:
-        """Delete it, its progress, its logs and its events."""
+        """Delete it, its progress, its logs and its events; of an operation what is in it, too."""
 
     def get_latest_successful_build(self, job_id: str) -> dict[str, Any] | None:
         """The newest successful build of a job; None when there is none."""

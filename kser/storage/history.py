@@ -315,7 +315,7 @@ def _tree(top: Row[Any], rows: Sequence[Row[Any]]) -> Execution:
 
 
 def _progress(found: Execution, rows: dict[int, list[Any]]) -> ProgressReport:
-    """The progress an execution reported itself, and below it that of its tasks, those that end counting as done."""
+    """The progress an execution reported itself, and below it that of its tasks."""
     report = ProgressReport.from_table(rows.get(found.id, []), found.entrypoint)
     for task in found.tasks:
         report.children.append(_progress(task, rows))

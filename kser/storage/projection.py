@@ -86,6 +86,8 @@ class Heard(NamedTuple):
 
     def of(self, worker: str) -> datetime | None:
         """Up to when it is known of this worker; None: it is not."""
+        if not self.until:
+            return None
         return self.until.get(partition_of(worker.encode("utf-8", "surrogatepass"), self.partitions))
 
 
@@ -322,6 +324,19 @@ class Projection:
         return and_(
             build.c.id == row.id, ~build.c.finished, build.c.status == str(status), build.c.worker == row.worker
         )
+
+    def end_lost(self, clusters: str) -> int:
+        """End what goes on in this group and was told by other clusters whose ids begin so; the number of rows.
+
+        For those that lived in the memory of a process: what they held is gone, and nobody will ever end it.
+        """
+        build, event = self._tables.build, self._tables.event
+        told = exists().where(or_(event.c.uuid == build.c.uuid, event.c.root == build.c.uuid))
+        lost = told.where(event.c.cluster.startswith(clusters, autoescape=True), event.c.cluster != self._cluster)
+        here = and_(~build.c.finished, build.c.group_name == self._group, lost)
+        values = ENDED_WITH_OPERATION | {"note": "the broker that held it lived in memory, and has ended"}
+        with self._database.write() as connection:
+            return connection.execute(update(build).where(here).values(values)).rowcount
 
     def add_workers(self, workers: Sequence[WorkerTold]) -> None:
         """Store what workers told of themselves, wherever that stands; what is newer of them stays."""
@@ -781,8 +796,13 @@ def _runs(row: Row[Any]) -> bool:
     """Whether the worker in this row, which was taken for gone, tells that it runs the task."""
     if row.name is None or worker_state(row) in ("gone", "stopped"):
         return False
-    running = load_json(row.data).get("running")
-    return isinstance(running, list) and any(isinstance(one, dict) and one.get("uuid") == row.uuid for one in running)
+    data = load_json(row.data)
+    running, count = data.get("running"), data.get("running_count")
+    if not isinstance(running, list):
+        return False
+    if isinstance(count, int) and count > len(running):  # not all of very many are listed
+        return True
+    return any(isinstance(one, dict) and one.get("uuid") == row.uuid for one in running)
 
 
 def _shown(time: datetime) -> str:

@@ -34,8 +34,9 @@ _TURN_S: Final = 0.0001
 _POLL_S = 0.2
 #: Seconds between two looks for what died.
 _LOOK_S = 5.0
-#: How long it may take to find out where a partition ends, in seconds.
+#: How long it may take to find out where a partition ends, in seconds, and to read what is there at the end.
 _END_S = 1.0
+_FINISH_S = 3.0
 #: Seconds before the next try after a failure, doubled each time, and the longest.
 _AGAIN_S, _AGAIN_MOST_S = 0.2, 10.0
 _ANSWER_S = 10.0
@@ -136,6 +137,7 @@ class Recorder:
                     self._tell(exc)
                     self._stop.wait(min(_AGAIN_S * 2**bad, _AGAIN_MOST_S))
                     bad = min(bad + 1, 10)
+            self._finish(source, projection)
         self._storing = None  # what became of it the storage says
 
     def _turn(self, source: Source, projection: Projection, pool: ThreadPoolExecutor) -> None:
@@ -152,11 +154,27 @@ class Recorder:
             self._place(source, projection)
             records = [record for record in records if record.of not in unplaced]
             prepared = None
-        look = self._is_time_to_look()
+        # Not while there is more than a batch: of what seems to have died most has an end that is not read yet.
+        look = self._is_time_to_look() and len(records) < self._batch
         if look:
             self._find_ends(source)
         if records or look:
             self._storing = pool.submit(self._store, projection, records, prepared, look=look)
+
+    def _finish(self, source: Source, projection: Projection) -> None:
+        """Read what is there and look once more, so that what has stopped with the recorder does not run for ever."""
+        end = time.monotonic() + _FINISH_S
+        try:
+            self._see_stored(source)
+            if self._unplaced or not source.joined:
+                return
+            self._find_ends(source)
+            while (records := self._poll(source)) and time.monotonic() < end and not self._unplaced:
+                self._apply(projection, records)
+            if not self._unplaced:
+                self._look(projection)
+        except Error as exc:
+            logger.debug("It is not looked once more for what has stopped: %s", exc)
 
     def _see_stored(self, source: Source) -> None:
         """Wait until nothing is being stored. Raises what went wrong there."""

@@ -193,8 +193,8 @@ class SqlStorage(StorageBase):
         build, event = self._tables.build, self._tables.event
         with self.database.write() as connection:
             row = self._row(connection, build_id)
-            connection.execute(delete(event).where(event.c.uuid == row.uuid))
-            connection.execute(delete(build).where(build.c.id == build_id))
+            connection.execute(delete(event).where(or_(event.c.uuid == row.uuid, event.c.root == row.uuid)))
+            connection.execute(delete(build).where(or_(build.c.id == build_id, build.c.root == row.uuid)))
 
     def _move(self, build_id: int, status: Status, values: Mapping[str, Any]) -> None:
         """Change a build whose status allows that; two that do it at once cannot both."""
@@ -232,6 +232,8 @@ class SqlStorage(StorageBase):
         for name, value in (("current", current), ("total", total)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}={value!r}: give a whole number")
+            if abs(value) >= 1 << 63:
+                raise ValidationError(f"{name}={value}: give a number that 64 bits can hold")
         progress = self._tables.build_progress
         said = {"current": current, "total": total, "status_line": status_line or "", "began": 0, "n": 0}
         key = {"build_id": build_id, "group_name": SEPARATOR.join(parse_group(group_name))}
@@ -287,6 +289,7 @@ class SqlStorage(StorageBase):
         min_level: int | None = None,
     ) -> Iterator[dict[str, Any]]:
         """See StorageBase."""
+        _check_id(build_id)
         log, build = self._tables.log, self._tables.build
         query = select(log, build.c.job_id).join(build, build.c.id == log.c.build_id)
         if build_id is not None:
@@ -321,6 +324,7 @@ class SqlStorage(StorageBase):
         level: int | None = None,
     ) -> int:
         """See StorageBase."""
+        _check_id(build_id)
         log, build = self._tables.log, self._tables.build
         query = delete(log)
         if job_id is not None:
@@ -333,6 +337,11 @@ class SqlStorage(StorageBase):
             query = query.where(log.c.level <= level)
         with self.database.write() as connection:
             return connection.execute(query).rowcount
+
+
+def _check_id(build_id: int | None) -> None:
+    if build_id is not None and (not isinstance(build_id, int) or isinstance(build_id, bool)):
+        raise ValidationError(f"build_id={build_id!r}: give the number of a build")
 
 
 def _ago(seconds: float) -> datetime:

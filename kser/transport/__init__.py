@@ -11,6 +11,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 from kser.errors import Error
 
 __all__ = [
+    "EMBEDDED_CLUSTERS",
     "EXPIRED_SHARE",
     "DeliveryCallback",
     "GroupMember",
@@ -32,6 +33,9 @@ __all__ = [
 #: A transaction that has been open for this share of its timeout has expired when its producer is fenced: a producer
 #: that takes over an id fences young ones, which are open for milliseconds, and clocks and answers differ a little.
 EXPIRED_SHARE: Final = 0.8
+
+#: How the ids of clusters begin that are the embedded broker, librdkafka's mock cluster.
+EMBEDDED_CLUSTERS: Final = "mockCluster"
 
 #: One record header: name and raw value. Names may repeat.
 Header = tuple[str, bytes | None]

@@ -376,7 +376,10 @@ class RunningSchema(Schema):
 
     uuid = fields.String()
     entrypoint = fields.String()
-    since = fields.String(allow_none=True)
+    seconds = fields.Float(metadata={"description": "for how long"})
+    heartbeat_s_ago = fields.Float(
+        allow_none=True, metadata={"description": "seconds since it told that it is alive; null: it never did"}
+    )
 
 
 class WorkerSchema(Schema):
@@ -389,7 +392,9 @@ class WorkerSchema(Schema):
     versions = fields.Dict()
     started = fields.String(allow_none=True)
     seen = fields.String()
-    state = fields.String(metadata={"description": "running, stopped (it said so) or gone (not heard of for long)"})
+    state = fields.String(
+        metadata={"description": "starting, running, draining, stopped (it said so) or gone (not heard of for long)"}
+    )
     running = fields.List(fields.Nested(RunningSchema))
 
 

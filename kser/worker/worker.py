@@ -17,7 +17,7 @@ from kser.errors import ConfigurationError, TransportError
 from kser.producer import max_message_bytes
 from kser.sequencing.itinerary import VERSION
 from kser.sequencing.registry import OperationRegistry
-from kser.transport import TopicAdmin, Transport
+from kser.transport import EMBEDDED_CLUSTERS, TopicAdmin, Transport
 from kser.transport.names import TOPIC_NAME_RULE, is_topic_name
 from kser.worker.control import Aborted, ControlWatch
 from kser.worker.dispatch import Ordering
@@ -82,8 +82,6 @@ _SETTINGS: Final = (
 )
 #: Longest wait for the last telemetry, in seconds.
 _TELEMETRY_END_S: Final = 5.0
-#: Begin of the cluster id of librdkafka's mock cluster, which the embedded broker is.
-_EMBEDDED: Final = "mockCluster"
 
 
 class Worker:
@@ -401,7 +399,7 @@ class Worker:
         return ConfluentTransport(self._config)
 
     def _choose_delivery(self, admin: TopicAdmin) -> Delivery:
-        embedded = admin.cluster_id().startswith(_EMBEDDED)
+        embedded = admin.cluster_id().startswith(EMBEDDED_CLUSTERS)
         if embedded and self.delivery == "exactly_once":
             raise ConfigurationError(
                 "delivery exactly_once cannot be had on the embedded broker, whose transactions hide nothing and fence "

@@ -446,6 +446,53 @@ def test_a_worker_that_was_silent_for_a_while_still_runs_what_it_says(storage):
     assert (found["t"].worker, found["t"].note, found["moved"].worker) == ("w1", "", "w2")
 
 
+def test_of_a_worker_that_runs_more_than_it_lists_what_it_ran_goes_on(storage):
+    tape = Tape()
+    tape.worker("w1", at=now_ms() - 60_000, started=now_ms() - 90_000)
+    tape.telemetry("task.started", "t", began=now_ms() - 50_000)
+    projection = record(storage, tape)
+    assert projection.close_dead() == 1
+    tape.worker("w1", at=now_ms(), started=now_ms() - 90_000, running=[{"uuid": "other"}], running_count=2)
+    assert record(storage, tape).close_dead() == 0
+    assert storage.history.get_operation("t").status == "RUNNING"
+
+
+def test_what_a_broker_in_memory_held_ends_when_that_is_gone(storage):
+    def tell(cluster, uuid):
+        tape = Tape()
+        tape.telemetry("task.started", f"{uuid}/0", operation=uuid, parent=uuid, began=now_ms())
+        tape.event("operation.started", uuid, "shop.Order", status="RUNNING", operation=uuid)
+        tape.operation(f"{uuid} whole")
+        tape.telemetry("task.started", f"{uuid} alone", began=now_ms())
+        projection = recorder(storage, tape, cluster=cluster)
+        projection.apply(tape.records)
+        return projection
+
+    tell("mockCluster1", "before")
+    tell("other", "real")
+    new = tell("mockCluster2", "now")
+    assert new.end_lost("mockCluster") == 3
+    assert new.end_lost("mockCluster") == 0
+    ended = storage.history.get_operation("before")
+    assert (ended.status, [task.status for task in ended.tasks]) == ("ABORTED", ["ABORTED"])
+    assert "lived in memory" in ended.note
+    assert storage.history.get_operation("before alone").status == "ABORTED"
+    assert storage.history.get_operation("before whole").status == "SUCCESS"
+    for uuid in ("real", "now", "real alone", "now alone"):
+        assert storage.history.get_operation(uuid).status == "RUNNING"
+
+
+def test_a_deleted_operation_takes_what_is_in_it_along(storage):
+    tape = Tape()
+    for uuid in ("gone", "kept"):
+        tape.operation(uuid, 3)
+    record(storage, tape)
+    storage.delete_build(storage.history.get_operation("gone").id)
+    held = snapshot(storage)
+    assert {row["uuid"] for row in held["build"]} == {"kept", "kept/0", "kept/1", "kept/2"}
+    assert {row["root"] for row in held["event"]} == {"kept"}
+
+
 def test_a_worker_is_silent_only_as_far_as_what_it_tells_is_read(storage):
     tape, told = Tape(), now_ms() - 60_000
     of = partition_of(b"w1", 6)

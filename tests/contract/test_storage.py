@@ -263,6 +263,23 @@ def test_progress_is_counted_in_whole_numbers(storage, current, total):
         storage.report_build_progress(build_id, current, total)
 
 
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 70)])
+def test_progress_that_no_database_can_count_is_refused(storage, number):
+    build_id = storage.create_build("job", {}, {})
+    with pytest.raises(ValidationError, match="64 bits"):
+        storage.report_build_progress(build_id, 1, number)
+    storage.report_build_progress(build_id, (1 << 63) - 1, 1 - (1 << 63))
+    assert storage.get_build_progress_info(build_id) == [((), (1 << 63) - 1, 1 - (1 << 63), "")]
+
+
+@pytest.mark.parametrize("build_id", ["x", True, 1.5])
+def test_a_build_that_is_no_number_has_no_log(storage, build_id):
+    with pytest.raises(ValidationError, match="give the number of a build"):
+        storage.iter_log_messages(build_id=build_id)
+    with pytest.raises(ValidationError, match="give the number of a build"):
+        storage.prune_log_messages(build_id=build_id)
+
+
 def test_a_group_that_is_no_path_is_refused(storage):
     build_id = storage.create_build("job", {}, {})
     with pytest.raises(TypeError, match="group_name=5"):

@@ -134,6 +134,17 @@ def test_one_that_the_program_has_put_there_is_enough(reports):
         logging.getLogger().removeHandler(mine)
 
 
+def test_what_a_frame_of_the_exception_keeps_secret_is_not_in_the_message_either(reports, running):
+    try:
+        password = "hunter2hunter2"
+        raise ValueError("refused")
+    except ValueError:
+        logger.exception("cannot log in with %s as ann", password)
+    (found,) = reports.found
+    assert found["message"] == f"cannot log in with {MASK} as ann"
+    assert password not in str(found)
+
+
 def test_long_lines_are_cut_and_secrets_masked(reports, running):
     logger.warning("password=hunter2 %s", "x" * 100_000)
     [found] = reports.found

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy.exc import DataError
 
-from kser.errors import ConfigurationError, StorageError
+from kser.errors import ConfigurationError, StorageError, TransportError
 from kser.events import read
 from kser.storage import get_storage_from_url
 from kser.storage.database import Database
@@ -320,6 +320,43 @@ def test_what_a_recorder_that_hangs_has_not_read_is_no_silence_to_another(broker
         lives(4, silent={"w1", "w2"})
         gone = {name for name, status in statuses().items() if status == "PENDING"}
     assert gone == {"w1", "w2"}
+
+
+def test_where_the_telemetry_ends_may_not_be_known_and_nobody_is_taken_for_dead(broker, storage, monkeypatch):
+    monkeypatch.setattr("kser.storage.recorder._LOOK_S", 0.02)
+    began = time.time_ns() // 1_000_000 - 3_600_000
+    real, away = type(broker.admin()).describe, threading.Event()
+
+    def describe(self, names, timeout_s=10):
+        if away.is_set() and names == ["shop.telemetry"]:
+            raise TransportError("no answer")
+        return real(self, names, timeout_s)
+
+    tape = Tape()
+    tape.telemetry("task.started", "lost", at=began, began=began, worker="ghost")
+    tell(broker, tape)
+    monkeypatch.setattr(type(broker.admin()), "describe", describe)
+    away.set()
+    with running(broker, storage) as recorder:
+        eventually(lambda: recorder.recorded == 1)
+        time.sleep(0.5)
+        assert storage.history.get_operation("lost").status == "RUNNING"
+        away.clear()
+        eventually(lambda: storage.history.get_operation("lost").status == "PENDING")
+
+
+def test_what_stopped_just_before_the_recorder_does_not_run_for_ever(broker, storage):
+    began = time.time_ns() // 1_000_000
+    tape = Tape()
+    tape.worker("w1", at=began, started=began)
+    tape.telemetry("task.started", "left", at=began, began=began)
+    tell(broker, tape)
+    with running(broker, storage):
+        eventually(lambda: whole(broker, storage))
+        tape.worker("w1", at=began + 1, started=began, state="stopped")
+        tell(broker, tape)
+    found = storage.history.get_operation("left")
+    assert (found.status, found.note) == ("PENDING", "worker w1 has stopped: it waits for another one")
 
 
 def test_it_makes_the_topics_that_are_missing(broker, storage):

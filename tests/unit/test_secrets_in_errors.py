@@ -11,6 +11,7 @@ import pytest
 
 from kser import Message, Operation, OperationRegistry, Result, Task, results
 from kser.errors import Error
+from kser.masking import MASK
 from kser.tracebacks import TracebackInfo, hide, secret_values
 from kser.transport import Record
 from kser.worker.runner import Runner
@@ -235,6 +236,15 @@ def test_nothing_of_an_object_is_called():
 
     assert set(secret_values(failed(look))) >= {"in-an-object", "in-a-mapping", VALUE}
     assert called == []
+
+
+def test_numbers_with_secret_names_are_hidden_from_six_digits_on():
+    def look():
+        token, pin, count = 12345678, 1234, 87654321
+        raise RuntimeError(f"no {token} {pin} {count}")
+
+    assert secret_values(failed(look)) == ["12345678"]
+    assert results.from_exception(failed(look), "u").stderr == f"no {MASK} 1234 87654321"
 
 
 def test_what_has_no_end_is_not_looked_at_for_ever():
