@@ -232,6 +232,7 @@ class Sequencer:
                 operation._trace_back(exc)
                 if operation.retry is not None and operation._tried_again(operation.retry, failure, exc):
                     return Consequences(failure=failure)
+            operation._control = None  # whatever comes from here on is final
             if failure is None and not operation_todo(operation):
                 final = self._end(operation, operation.tasks[-1], operation.tasks[-1].result)
         root = around.root.uuid if around.frames else operation.uuid

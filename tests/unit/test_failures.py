@@ -169,6 +169,33 @@ def test_an_operation_whose_tasks_cannot_be_built_is_tried_again(registry, trans
     assert len(hooks) == len(dead(transport)) == (succeeds != 3)
 
 
+@pytest.mark.parametrize("tasks", ["none", "too much"])
+def test_an_operation_that_fails_without_raising_is_not_tried_again_and_its_hook_is_called(
+    registry, transport, start, tasks
+):
+    hooks, built = [], []
+
+    @registry.subscribe
+    class Step(Task): ...
+
+    @registry.subscribe(retry=QUICK)
+    class Built(Operation):
+        def build_tasks(self):
+            built.append(1)
+            return [] if tasks == "none" else [Step(params={"x": "x" * 1_500_000})]
+
+        def onerror(self, result):
+            hooks.append(result.retcode)
+
+    start()
+    operation = Built()
+    operation.send()
+    wait_for(lambda: view(transport, operation.uuid).ended)
+    assert view(transport, operation.uuid).status == "FAILED"
+    assert (len(built), len(hooks), len(dead(transport))) == (1, 1, 1)
+    assert not events(transport, EventType.STEP_RETRYING)
+
+
 def test_a_failure_that_the_policy_does_not_name_is_final_at_once(registry, transport, start):
     runs = []
 
