@@ -173,7 +173,7 @@ class Recorder:
                 self._apply(projection, records)
             if not self._unplaced:
                 self._look(projection)
-        except Error as exc:
+        except (Error, StaleError) as exc:
             logger.debug("It is not looked once more for what has stopped: %s", exc)
 
     def _see_stored(self, source: Source) -> None:
