@@ -212,7 +212,7 @@ class Sequencer:
     def operation_reached(self, operation: Operation, itinerary: Itinerary | None, topic: str) -> Consequences:
         """The message of an Operation arrived: build it unless it came with its tasks, and send its first one.
 
-        Where what comes before the first one raises, and its Retry has another attempt, nothing follows but ``failure``.
+        Where what comes before the first raises, and its Retry has another attempt, nothing follows but ``failure``.
         """
         out = Consequences()
         around = itinerary if itinerary is not None else Itinerary()
