@@ -169,7 +169,7 @@ class Task(Entrypoint):
             return self._finish(results.from_exception(cause, uuid), cause)
         finally:
             context._task.reset(token)
-        if self._control is not None:
+        if self._control is not None and self._control.aborted is not None:
             if (late := self._overran(None)) is not None:
                 return self._finish(results.from_exception(late, uuid), late)  # what it still gave came too late
             if self._is_called_off():
