@@ -1344,7 +1344,10 @@ def test_what_was_aborted_is_not_replayed_with_all_the_others(tasks, shop, trans
     (letter,) = shop.letters.list(error="AbortedError")
     done = kser("dlq", "replay", "--all", "--dry-run")
     assert done.exit_code == 0
-    assert "1 would be sent" in done.output
+    assert "1 would be sent; 1 left out that were aborted" in done.output
+    nothing = kser("dlq", "replay", "--error", "AbortedError", "--dry-run")
+    assert nothing.exit_code == 0
+    assert "Nothing to replay: 1 that match were aborted" in nothing.output
     refused = kser("dlq", "replay", letter.id)
     assert refused.exit_code == 1
     assert "somebody aborted it" in refused.output

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from kser import Message, Operation, OperationRegistry, Result, Task, TransportError
 from kser.batches import Batch
+from kser.errors import ValidationError
+from kser.launching import build
 from kser.sequencing import operation as operation_module
 from tests.unit.fakes import HOLD, FakeSink, Producer
 
@@ -497,3 +499,11 @@ def test_a_first_task_of_another_kind_is_left_to_the_general_way(first):
     with no_short_way():
         general, _ = launch(spec)
     assert (taken, short) == (0, general)
+
+
+def test_an_empty_idempotency_key_is_refused():
+    """A script whose variable is not set must not start a new operation each time."""
+    with pytest.raises(ValidationError):
+        build(Operation, {}, idempotency_key="")
+    with pytest.raises(ValidationError, match="is a task"):
+        build(Task, {}, idempotency_key="")
