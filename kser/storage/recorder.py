@@ -145,7 +145,9 @@ class Recorder:
         records = self._poll(source)
         prepared = projection.prepare(records) if records and not self._unplaced else None
         self._see_stored(source)
-        if self._is_time_to_look():
+        due = time.monotonic() - self._looked > _LOOK_S
+        if due:
+            self._looked = time.monotonic()
             # Who rebuilds forgets offsets of idle partitions too, where no record would ever tell.
             self._unplaced |= projection.moved(source.assignment())
         if self._unplaced:
@@ -155,7 +157,7 @@ class Recorder:
             records = [record for record in records if record.of not in unplaced]
             prepared = None
         # Not while there is more than a batch: of what seems to have died most has an end that is not read yet.
-        look = self._is_time_to_look() and len(records) < self._batch
+        look = due and len(records) < self._batch
         if look:
             self._find_ends(source)
         if records or look:
@@ -185,9 +187,6 @@ class Recorder:
         except StaleError as exc:
             logger.info("Another recorder of group %s is alive: %s", self.group, exc)
             self._begin_again(source)
-
-    def _is_time_to_look(self) -> bool:
-        return time.monotonic() - self._looked > _LOOK_S
 
     def _find_ends(self, source: Source) -> None:
         """Ask where the partitions of the telemetry end that this recorder has, but what it has asked and not reached.
@@ -237,7 +236,6 @@ class Recorder:
 
     def _look(self, projection: Projection) -> None:
         """Look for what died."""
-        self._looked = time.monotonic()
         reached = [place for place, (end, _) in self._ends.items() if projection.is_stored(place, end)]
         until = {place.partition: self._ends.pop(place)[1] for place in reached}
         if closed := projection.close_dead(Heard(self._partitions, until)):
